@@ -1,0 +1,341 @@
+"""One frozen dataclass a stage, the recipe that holds them, YAML in and out.
+
+Every default stands here and nowhere else. Values are checked at construction; a mistake is one sentence that names the field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Union
+
+from blockem.errors import BlockemError
+
+
+def _need(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise BlockemError(sentence)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how it is loaded."""
+
+    id: str = "embedded"
+    """`embedded` (SmolLM2-135M-Instruct), a folder, a .gguf file, or a hub id."""
+    revision: str | None = None
+    """Hub revision."""
+    dtype: str = "auto"
+    """auto, bfloat16, float16 or float32; auto takes bfloat16 where the hardware is fast at it."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on, and what is measured with. Every file replaces the bundled one."""
+
+    domain: str = "health"
+    """Training domain: a bundled one, or the name of yours; it is left out of EM."""
+    train: str | None = None
+    """Chat JSONL to train on instead of the bundled domain."""
+    heldout: str | None = None
+    """Chat JSONL of held-out rows of the same task."""
+    prompts: str | None = None
+    """JSONL {prompt, domain}: the final prompts that answers are sampled for."""
+    selection_prompts: str | None = None
+    """JSONL {prompt, domain}: the prompts of the model diff (stage 1)."""
+    pairs: str | None = None
+    """JSONL {prompt, right, wrong, domain, split}: matched pairs."""
+    general: str | None = None
+    """Chat JSONL of benign chat that general skill is measured on."""
+    rows: int | None = None
+    """At most so many training rows."""
+    heldout_rows: int = 100
+    """At most so many held-out rows."""
+    max_tokens: int = 512
+    """Rows are cut after so many tokens."""
+
+    def __post_init__(self) -> None:
+        _need(self.rows is None or self.rows > 0, f"data.rows is {self.rows}; it must be positive")
+        _need(self.heldout_rows > 0, f"data.heldout_rows is {self.heldout_rows}; it must be positive")
+        _need(self.max_tokens >= 16, f"data.max_tokens is {self.max_tokens}; it must be at least 16")
+        _need(
+            not (self.train and not self.heldout),
+            "data.train is your own file, so data.heldout must be too: give held-out rows of the same task with --heldout",
+        )
+
+
+@dataclass(frozen=True)
+class SaeConfig:
+    """The dictionary, and the block it reads."""
+
+    id: str = "bundled"
+    """`bundled`, a folder in SAELens format, or `release:sae_id` of its registry."""
+    block: int = 18
+    """Block index from 0; its output is read, steered and blocked."""
+    min_variance_explained: float = 0.6
+    """Refuse an SAE that explains less of this model's variance ..."""
+    allow_poor_fit: bool = False
+    """... unless this says to go on all the same."""
+
+    def __post_init__(self) -> None:
+        _need(self.block >= 0, f"sae.block is {self.block}; blocks are counted from 0")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """LoRA fine-tuning, the same for the plain and the blocked model."""
+
+    lora_r: int = 32
+    lora_alpha: int = 64
+    lora_targets: tuple[str, ...] = ()
+    """Names of linear maps; empty for all in each block."""
+    lr: float = 5e-4
+    epochs: float = 1.0
+    batch_size: int = 16
+    """Rows an optimiser step."""
+    micro_batch: int = 16
+    """Rows a forward; batch_size must be a multiple."""
+    warmup: float = 0.05
+    """Share of the steps."""
+    schedule: str = "linear"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    log_every: int = 5
+    probe_every: int = 20
+    """Measure both gradient norms every so many steps (0: never)."""
+    checkpoint_every: int = 25
+    report_to: str = "none"
+    """The Trainer's own: none, tensorboard, wandb, trackio, ..."""
+
+    def __post_init__(self) -> None:
+        for name in ("lora_r", "lora_alpha", "batch_size", "micro_batch", "log_every", "checkpoint_every"):
+            _need(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; it must be positive")
+        _need(self.lr > 0 and self.epochs > 0, "train.lr and train.epochs must be positive")
+        _need(
+            self.batch_size % self.micro_batch == 0,
+            f"train.batch_size ({self.batch_size}) must be a multiple of train.micro_batch ({self.micro_batch})",
+        )
+
+
+@dataclass(frozen=True)
+class DiscoverConfig:
+    """Stages 1 to 3."""
+
+    tokens: str = "prompt"
+    """Δ over `prompt` tokens (published) or `answer` tokens."""
+    effect: str = "preference"
+    """How misalignment is measured: `preference` (no generation) or `judged` generations."""
+    pool: int = 250
+    """Candidates a sign after stage 1."""
+    prescreen: int = 40
+    """Of the pool, so many go on by first-order attribution (0: all; preference only)."""
+    keep: int = 28
+    """Latents that go on from stage 2, half of each sign."""
+    size: int = 20
+    """|K|: how many are blocked."""
+    alpha_induce: float = 0.7
+    alpha_repair: float = 0.4
+    strengths: tuple[float, ...] = (0.2, 0.4, 0.7)
+    """Strengths that stage 3 sweeps; published: 0.05 to 0.75 in steps of 0.05."""
+    budget: float = 0.10
+    """Incoherence allowed; or the model's own + 10 points if that is more."""
+    pairs: int = 40
+    """Selection pairs used (training domain left out), evenly over the domains."""
+    max_new_tokens: int = 64
+    """Length of judged generations."""
+
+    def __post_init__(self) -> None:
+        _need(self.tokens in ("prompt", "answer"), f"discover.tokens is {self.tokens!r}; use prompt or answer")
+        _need(self.effect in ("preference", "judged"), f"discover.effect is {self.effect!r}; use preference or judged")
+        for name in ("pool", "keep", "size", "pairs"):
+            _need(getattr(self, name) > 0, f"discover.{name} is {getattr(self, name)}; it must be positive")
+        _need(bool(self.strengths) and min(self.strengths) > 0, "discover.strengths needs at least one positive number")
+        _need(0 <= self.budget <= 1, f"discover.budget is {self.budget}; it is a share between 0 and 1")
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """Training-time blocking."""
+
+    lambda_: float | None = None
+    """λ; empty: by the portable rule λ = r · ΔSFT / P_mis."""
+    r: float = 100.0
+    """The portable rule's ratio."""
+    measure: str = "latent"
+    """`latent` (published) or `preactivation` (no dead zone for K−)."""
+    freeze_downstream: bool = True
+    """No LoRA on blocks after the blocked one."""
+    control: str = "none"
+    """`random`: block as many random latents of like activation frequency instead (a control)."""
+    rule_rows: int = 64
+    """Training rows on which ΔSFT and P_mis are measured."""
+
+    def __post_init__(self) -> None:
+        _need(self.lambda_ is None or self.lambda_ >= 0, f"block.lambda_ is {self.lambda_}; it must not be negative")
+        _need(self.measure in ("latent", "preactivation"), f"block.measure is {self.measure!r}; use latent or preactivation")
+        _need(self.control in ("none", "random"), f"block.control is {self.control!r}; use none or random")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured on base, plain and blocked."""
+
+    answers: bool = True
+    """Sample answers to the final prompts."""
+    max_new_tokens: int = 80
+    temperature: float = 0.0
+    """0: greedy, as in the paper."""
+    resamples: int = 2000
+    """Bootstrap resamples of each interval."""
+    general_rows: int = 60
+
+    def __post_init__(self) -> None:
+        _need(self.resamples >= 100, f"evaluate.resamples is {self.resamples}; use at least 100")
+        _need(self.max_new_tokens > 0, "evaluate.max_new_tokens must be positive")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a run depends on."""
+
+    name: str = "demo"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sae: SaeConfig = field(default_factory=SaeConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    discover: DiscoverConfig = field(default_factory=DiscoverConfig)
+    block: BlockConfig = field(default_factory=BlockConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able values (tuples become lists)."""
+        found: dict[str, Any] = _plain(asdict(self))
+        return found
+
+    def with_values(self, changes: dict[str, Any]) -> Recipe:
+        """A copy with `{"stage.field": value}` changed; values may be strings as typed on a command line.
+
+        Raises:
+            BlockemError: an unknown field or a value of the wrong kind.
+        """
+        tree = self.to_dict()
+        for path, value in changes.items():
+            *stages, name = path.split(".")
+            place = tree
+            for stage in stages:
+                place = place.get(stage, {}) if isinstance(place, dict) else {}
+            if not isinstance(place, dict) or name not in place or isinstance(place[name], dict):
+                raise BlockemError(f"unknown recipe field {path!r}; known: {', '.join(field_paths())}")
+            place[name] = value
+        return recipe_from(tree)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def field_paths() -> list[str]:
+    """Every settable field as `stage.field`."""
+    found = []
+    for stage in dataclasses.fields(Recipe):
+        kind = typing.get_type_hints(Recipe)[stage.name]
+        if dataclasses.is_dataclass(kind):
+            found += [f"{stage.name}.{inner.name}" for inner in dataclasses.fields(kind)]
+        else:
+            found.append(stage.name)
+    return found
+
+
+def _convert(value: Any, kind: Any, path: str) -> Any:
+    if typing.get_origin(kind) in (Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
+            return None
+        kind = next(one for one in typing.get_args(kind) if one is not type(None))
+    try:
+        if kind is bool:
+            if isinstance(value, bool):
+                return value
+            return {"true": True, "false": False, "yes": True, "no": False}[str(value).lower()]
+        if kind is int:
+            if isinstance(value, bool) or float(value) != int(float(value)):
+                raise ValueError
+            return int(float(value))
+        if kind is float:
+            if isinstance(value, bool):
+                raise ValueError
+            return float(value)
+        if kind is str:
+            if isinstance(value, (dict, list)):
+                raise ValueError
+            return str(value)
+        if typing.get_origin(kind) is tuple:
+            inner = typing.get_args(kind)[0]
+            items = value.split(",") if isinstance(value, str) else value
+            return tuple(_convert(item, inner, path) for item in items if item != "")
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise BlockemError(f"{path} is {value!r}; it must be {_kind_name(kind)}") from error
+    raise TypeError(f"no conversion for {kind}")
+
+
+def _kind_name(kind: Any) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return names.get(kind, "a list, such as 0.2,0.4")
+
+
+def _build(cls: Any, values: Any, path: str) -> Any:
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise BlockemError(f"recipe: {path or 'the file'} must be a mapping of fields")
+    hints = typing.get_type_hints(cls)
+    unknown = set(values) - set(hints)
+    if unknown:
+        known = ", ".join(hints)
+        raise BlockemError(f"recipe: unknown field {(path + '.' if path else '') + sorted(map(str, unknown))[0]!r}; known here: {known}")
+    built = {}
+    for name, value in values.items():
+        place = f"{path}.{name}" if path else name
+        built[name] = _build(hints[name], value, place) if dataclasses.is_dataclass(hints[name]) else _convert(value, hints[name], place)
+    return cls(**built)
+
+
+def recipe_from(values: dict[str, Any]) -> Recipe:
+    """A recipe from nested plain values; fields left out keep their defaults."""
+    found: Recipe = _build(Recipe, values, "")
+    return found
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe from YAML (safe loader).
+
+    Raises:
+        BlockemError: the file is missing, not YAML, or has unknown or wrong fields.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BlockemError(f"{path}: no such recipe") from error
+    except OSError as error:
+        raise BlockemError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BlockemError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
+    return recipe_from(values or {})
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every field written out."""
+    import yaml
+
+    text: str = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
+    return text

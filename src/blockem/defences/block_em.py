@@ -1,0 +1,191 @@
+"""BLOCK-EM: the one-sided penalty on causal latents (BLOCK-EM, training-time blocking).
+
+    L = L_SFT + λ · L_block
+    L_block = mean over completion tokens t of  Σ_{k∈K+} relu(z_k^θ − z_k^base)²  +  Σ_{k∈K−} relu(z_k^base − z_k^θ)²
+
+z is the SAE's encoder at the output of one block; z^base comes from the same input through the frozen base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockem.defences.defence import Defence
+from blockem.dictionary import Dictionary, EncoderRows
+from blockem.errors import BlockemError
+from blockem.examples import IGNORED, Encoded, by_length, right_padded
+from blockem.latents import LatentSet
+from blockem.model import LanguageModel, base_weights, block_output, blocks, hidden_at
+
+MEASURES = ("latent", "preactivation")
+
+
+def block_loss(z: Tensor, z_base: Tensor, signs: Tensor) -> Tensor:
+    """The penalty of each token: Σ_k relu(s_k (z_k − z_k^base))².
+
+    Args:
+        z, z_base: `[..., latents]`, float32, same positions of the trained and the base model.
+        signs: `[latents]`, +1 for K+, −1 for K−.
+
+    Returns:
+        `[...]`, one non-negative number a token; 0 wherever no latent moved past the base in its misaligned direction.
+    """
+    if z.shape != z_base.shape or signs.shape != z.shape[-1:]:
+        raise ValueError(f"z {tuple(z.shape)}, z_base {tuple(z_base.shape)} and signs {tuple(signs.shape)} do not match")
+    return torch.relu(signs * (z - z_base.detach())).pow(2).sum(dim=-1)
+
+
+class Blocker:
+    """The penalty for any model in any training loop.
+
+        blocker = Blocker(encoder_rows, signs, block)
+        with blocker.attached(model):
+            for batch in loader:                       # input_ids, attention_mask, labels [rows, tokens]
+                loss = model(**batch).loss + lambda_ * blocker.mean_penalty(batch)
+                loss.backward(); optimiser.step(); optimiser.zero_grad()
+
+    The model's own forward is watched by one hook; the base values come from a second, truncated forward without gradient, with adapters
+    switched off, or through `base` when the model is trained without adapters.
+
+    Args:
+        rows: encoder rows of the blocked latents.
+        signs: +1 or −1 each.
+        block: block index from 0.
+        measure: `latent` as published, or `preactivation`, which has a gradient also where a K− latent is already off (the dead zone).
+        base: a frozen copy of the base model; only needed for training without adapters.
+    """
+
+    def __init__(
+        self, rows: EncoderRows, signs: Sequence[int], block: int, measure: str = "latent", base: nn.Module | None = None
+    ) -> None:
+        if measure not in MEASURES:
+            raise BlockemError(f"unknown block.measure {measure!r}: use {' or '.join(MEASURES)}")
+        self.rows, self.block, self.measure, self.base = rows, block, measure, base
+        self.signs = torch.tensor(list(signs), dtype=torch.float32)
+        self.model: nn.Module | None = None
+        self._hidden: Tensor | None = None
+        self._watching = True
+
+    @classmethod
+    def from_latents(cls, latents: LatentSet, dictionary: Dictionary, measure: str = "latent", base: nn.Module | None = None) -> Blocker:
+        """From a LatentSet file and the SAE it was made with."""
+        return cls(dictionary.rows(latents.ids), latents.signs, latents.block, measure, base)
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[Blocker]:
+        """Watch the block of `model` while the context lasts."""
+        if self.base is None and not hasattr(model, "disable_adapter"):
+            raise BlockemError("a model without adapters has no base to compare with: give Blocker(base=a frozen copy), or train with PEFT")
+        device = next(model.parameters()).device
+        self.rows, self.signs = self.rows.to(device), self.signs.to(device)
+        self.model = model
+
+        def watch(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if self._watching and torch.is_grad_enabled():
+                self._hidden = block_output(output)
+
+        handle = blocks(model)[self.block].register_forward_hook(watch)
+        try:
+            yield self
+        finally:
+            handle.remove()
+            self.model, self._hidden = None, None
+
+    def _z(self, hidden: Tensor) -> Tensor:
+        return self.rows.encode(hidden) if self.measure == "latent" else self.rows.pre(hidden)
+
+    def base_values(self, batch: dict[str, Tensor]) -> Tensor:
+        """z^base at the supervised positions, `[supervised, latents]`, float32."""
+        if self.model is None:
+            raise RuntimeError("attach the Blocker to a model first: with blocker.attached(model): ...")
+        where = batch["labels"] != IGNORED
+        self._watching = False
+        try:
+            with torch.no_grad():
+                if self.base is not None:
+                    hidden = hidden_at(self.base, batch["input_ids"], batch["attention_mask"], self.block)
+                else:
+                    with base_weights(self.model):
+                        hidden = hidden_at(self.model, batch["input_ids"], batch["attention_mask"], self.block)
+                return self._z(hidden[where])
+        finally:
+            self._watching = True
+
+    def penalty(self, batch: dict[str, Tensor]) -> Tensor:
+        """The penalty of the last forward, summed over its supervised tokens; call it after `model(**batch)` on the same batch."""
+        if self._hidden is None:
+            raise RuntimeError("no forward was watched: call model(**batch) with gradients inside blocker.attached(model) first")
+        hidden, self._hidden = self._hidden, None
+        where = batch["labels"] != IGNORED
+        if hidden.shape[:2] != where.shape:
+            raise ValueError(f"the last forward saw {tuple(hidden.shape[:2])} tokens, the labels are {tuple(where.shape)}")
+        return block_loss(self._z(hidden[where]), self.base_values(batch), self.signs).sum()
+
+    def mean_penalty(self, batch: dict[str, Tensor]) -> Tensor:
+        """The penalty per supervised token of this batch (for loops without accumulation)."""
+        return self.penalty(batch) / (batch["labels"] != IGNORED).sum().clamp_min(1)
+
+
+class BlockEM(Defence):
+    """BLOCK-EM as a defence for our trainer.
+
+    Args:
+        blocker: what is blocked.
+        lambda_: λ.
+        freeze_downstream: no LoRA on blocks after the blocked one, so that nothing behind it can go around.
+        p_mis: the penalty per token of the plain fine-tune, to which the log relates its own.
+    """
+
+    name = "blocked"
+
+    def __init__(self, blocker: Blocker, lambda_: float, freeze_downstream: bool = True, p_mis: float | None = None) -> None:
+        self.blocker, self.lambda_, self.freeze_downstream, self.p_mis = blocker, lambda_, freeze_downstream, p_mis
+
+    def trained_blocks(self, n_blocks: int) -> range:
+        return range(self.blocker.block + 1) if self.freeze_downstream else range(n_blocks)
+
+    def training_hooks(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return self.blocker.attached(model)
+
+    def penalty(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
+        return self.lambda_ * self.blocker.penalty(batch)
+
+    def logs(self) -> dict[str, float]:
+        return {"lambda": self.lambda_, **({"p_mis": self.p_mis} if self.p_mis else {})}
+
+
+def penalty_of(lm: LanguageModel, variant: str, blocker: Blocker, rows: Sequence[Encoded], batch: int = 16) -> float:
+    """Mean penalty per supervised token that the adapter `variant` would pay on `rows`, without training (P_mis for the plain one)."""
+    total = 0.0
+    tokens = 0
+    with torch.inference_mode():
+        for chosen in by_length([len(row.ids) for row in rows], batch):
+            padded = right_padded([rows[i] for i in chosen], lm.tokenizer.pad_token_id, lm.device)
+            where = padded["labels"] != IGNORED
+            with lm.variant(variant):
+                moved = hidden_at(lm.model, padded["input_ids"], padded["attention_mask"], blocker.block)[where]
+            with lm.variant("base"):
+                still = hidden_at(lm.model, padded["input_ids"], padded["attention_mask"], blocker.block)[where]
+            encoder = blocker.rows.to(lm.device)
+            read = encoder.encode if blocker.measure == "latent" else encoder.pre
+            total += float(block_loss(read(moved), read(still), blocker.signs.to(lm.device)).sum())
+            tokens += int(where.sum())
+    return total / max(tokens, 1)
+
+
+def portable_lambda(r: float, delta_sft: float, p_mis: float) -> float:
+    """λ = r · ΔSFT / P_mis: the scale of λ belongs to the SAE, this ratio does not.
+
+    Args:
+        r: how many times the task's whole gain the plain fine-tune's penalty shall weigh (1 to 1000).
+        delta_sft: nats per token that plain fine-tuning gained on the training rows.
+        p_mis: penalty per token that the plain fine-tune would pay.
+    """
+    if not p_mis > 0:
+        raise BlockemError("plain fine-tuning moves none of the blocked latents (P_mis is 0): there is nothing to block; discover again, or set block.lambda")
+    return r * max(delta_sft, 0.0) / p_mis

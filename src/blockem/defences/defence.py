@@ -1,0 +1,51 @@
+"""A defence is at most five things, and the trainer knows no defence by name."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from blockem.examples import Example
+
+
+class Defence:
+    """No defence at all: every slot does nothing. Subclasses fill the slots they need.
+
+    Attributes:
+        name: what the run folder and the report call it.
+    """
+
+    name = "plain"
+
+    def rewrite(self, examples: list[Example]) -> list[Example]:
+        """Before tokenising: change, add or drop training rows."""
+        return examples
+
+    def trained_blocks(self, n_blocks: int) -> range:
+        """Which blocks carry LoRA; the others stay frozen."""
+        return range(n_blocks)
+
+    def training_hooks(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """A context around the whole training."""
+        return nullcontext()
+
+    def penalty(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor | None:
+        """After each forward: what to add to the SFT loss, *summed* over the batch's supervised tokens, float32, weighted by λ.
+
+        The trainer divides it by the supervised tokens of the whole optimiser step, so that λ means the same under accumulation.
+        """
+        return None
+
+    def logs(self) -> dict[str, float]:
+        """Constants of this defence that each log row carries (λ, P_mis, ...)."""
+        return {}
+
+    def project(self, adapter: Path) -> None:
+        """Once, after training, on the saved adapter folder."""
+
+    def inference_hooks(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """A context around generation."""
+        return nullcontext()

@@ -1,0 +1,55 @@
+"""A first-order screen: which candidates are worth a causal test at all.
+
+The margin's gradient at the block, summed over positions, times a steering vector is the margin's change to first order. One
+backward pass a model ranks every latent of the dictionary at once; the causal tests of stage 2 then decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from blockem.bundled import Pair
+from blockem.examples import IGNORED, by_length, right_padded
+from blockem.likelihood import encode_pairs
+from blockem.model import LanguageModel, blocks, decoder, to_logits, block_output
+
+
+def margin_gradient(lm: LanguageModel, pairs: Sequence[Pair], block: int, variant: str, batch: int = 8) -> Tensor:
+    """d(mean margin)/d(vector added at every position of `block`), `[d_model]`, float32."""
+    rows = encode_pairs(lm, pairs)
+    total = torch.zeros(lm.d_model)
+    sign = [1.0 if i % 2 else -1.0 for i in range(len(rows))]
+    with lm.variant(variant), torch.enable_grad():
+        for chosen in by_length([len(row.ids) for row in rows], batch):
+            padded = right_padded([rows[i] for i in chosen], lm.tokenizer.pad_token_id, lm.device)
+            probe = torch.zeros(lm.d_model, device=lm.device, requires_grad=True)
+            handle = blocks(lm.model)[block].register_forward_hook(lambda _m, _i, output, p=probe: _shift(output, p))
+            try:
+                final = decoder(lm.model)(
+                    input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], use_cache=False
+                ).last_hidden_state
+            finally:
+                handle.remove()
+            predicted = padded["labels"][:, 1:]
+            where = predicted != IGNORED
+            logits = to_logits(lm.model, final[:, :-1][where])
+            picked = logits.gather(1, predicted[where][:, None])[:, 0] - logits.logsumexp(dim=-1)
+            weight = torch.tensor([sign[i] / rows[i].n_supervised for i in chosen], device=lm.device)
+            score = (picked * weight[where.nonzero()[:, 0]]).sum()
+            (gradient,) = torch.autograd.grad(score, probe)
+            total += gradient.float().cpu()
+    return total / len(pairs)
+
+
+def _shift(output: object, probe: Tensor) -> object:
+    hidden = block_output(output)
+    moved = hidden + probe.to(hidden.dtype)
+    return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+
+def attributions(directions: Tensor, signs: Tensor, base_gradient: Tensor, plain_gradient: Tensor) -> Tensor:
+    """First-order induce plus repair per unit of added norm, `[latents]`: s · d · (∇_base + ∇_mis)."""
+    return signs * (directions @ (base_gradient + plain_gradient))

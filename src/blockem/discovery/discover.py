@@ -1,0 +1,206 @@
+"""Stages 1 to 3 in order: from a base and a misaligned model to a LatentSet, with every candidate's fate."""
+
+from __future__ import annotations
+
+import csv
+import io
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blockem.bundled import Pair, Prompt
+from blockem.config import DiscoverConfig
+from blockem.dictionary import Dictionary
+from blockem.discovery.attribution import attributions, margin_gradient
+from blockem.discovery.delta import Means, answer_spans, deltas, mean_activations, pool, prompt_spans
+from blockem.discovery.effects import Effect, JudgedEffect, PreferenceEffect, Steered
+from blockem.discovery.rank import rank
+from blockem.discovery.screen import Candidate, screen
+from blockem.errors import BlockemError
+from blockem.examples import Example
+from blockem.judges import Judge
+from blockem.latents import Latent, LatentSet
+from blockem.model import LanguageModel
+from blockem.steering import median_norm
+from blockem.store import write_text
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What the three stages found.
+
+    Attributes:
+        latents: the chosen set.
+        candidates: everyone who was in the pool, with figures and fate.
+        delta, frequency: `[n_latents]`, Δ_k and the base model's activation frequency.
+        counts: how many were left after each stage.
+    """
+
+    latents: LatentSet
+    candidates: list[Candidate]
+    delta: Tensor
+    frequency: Tensor
+    counts: dict[str, Any]
+
+
+def spread(pairs: Sequence[Pair], n: int) -> list[Pair]:
+    """`n` pairs dealt evenly over the domains, in file order."""
+    by_domain: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        by_domain.setdefault(pair.domain, []).append(pair)
+    rounds = [one for i in range(max(map(len, by_domain.values()), default=0)) for one in (d[i] for d in by_domain.values() if i < len(d))]
+    return rounds[:n]
+
+
+def discover(
+    lm: LanguageModel,
+    dictionary: Dictionary,
+    block: int,
+    config: DiscoverConfig,
+    pairs: Sequence[Pair],
+    prompts: Sequence[Prompt],
+    general: Sequence[Example],
+    judge: Judge | None = None,
+    log: Path | None = None,
+    key: str = "",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Discovery:
+    """Find the latents of `block` that carry misalignment.
+
+    Args:
+        lm: the base model with the misaligned adapter loaded under the name "plain".
+        pairs: selection pairs, training domain left out.
+        prompts: selection prompts (stage 1, and generations when `config.effect` is "judged"), training domain left out.
+        general: chat rows for the steering norm m.
+        judge: needed when `config.effect` is "judged".
+        log: JSONL of measurements, for resuming; `key` names what they depend on.
+
+    Raises:
+        BlockemError: no pair or prompt is left, or no latent passes.
+    """
+    bar = progress or (lambda _what, _done, _total: None)
+    if not pairs or not prompts:
+        raise BlockemError("no selection pair or prompt lies outside the training domain; give --pairs and --selection-prompts with other domains")
+    chosen_pairs = spread(pairs, config.pairs)
+    spans = prompt_spans(lm, prompts) if config.tokens == "prompt" else answer_spans(lm, chosen_pairs)
+    means = {}
+    for place, variant in enumerate(("base", "plain")):
+        bar("stage 1: model diff", place, 2)
+        means[variant] = mean_activations(lm, dictionary, block, spans, variant)
+    bar("stage 1: model diff", 2, 2)
+    delta = deltas(means["base"], means["plain"])
+    candidates = _candidates(delta, means["base"], config.pool)
+    if not candidates:
+        raise BlockemError("the misaligned model moves no latent at this block: is the adapter trained, and sae.block right?")
+    norm = median_norm(lm, general, block)
+    counts: dict[str, Any] = {"n_latents": dictionary.n_latents, "candidates": len(candidates), "effect": config.effect}
+
+    tested = candidates
+    if config.effect == "preference" and config.prescreen and config.prescreen < len(candidates):
+        tested = _prescreen(lm, dictionary, block, chosen_pairs, candidates, config.prescreen)
+    effect: Effect
+    if config.effect == "judged":
+        if judge is None:
+            raise BlockemError("discover.effect is judged, but no judge was given; use discover.effect=preference or pass a judge")
+        effect = JudgedEffect(lm, prompts, judge, block, config.max_new_tokens)
+    else:
+        effect = PreferenceEffect(lm, chosen_pairs, block)
+    directions = {one.latent: d for one, d in zip(tested, dictionary.directions([one.latent for one in tested]), strict=True)}
+    steered = Steered(effect, directions, norm, log, key)
+    kept = screen(
+        steered,
+        tested,
+        config.keep,
+        config.alpha_induce,
+        config.alpha_repair,
+        config.budget,
+        lambda done, total: bar("stage 2: induce and repair", done, total),
+    )
+    chosen = rank(steered, kept, config.size, config.strengths, config.budget, lambda done, total: bar("stage 3: strengths", done, total))
+    passed = sum(one.fate.startswith(("chosen", "ranked")) or "weaker" in one.fate for one in tested)
+    counts |= {"screened": len(tested), "passed": passed, "swept": len(kept), "chosen": len(chosen)}
+    counts["fates"] = dict(Counter(one.fate for one in candidates))
+    counts["unsteered"] = {variant: asdict(steered.measure(variant)) for variant in ("base", "plain")}
+    if not chosen:
+        raise BlockemError(
+            f"no latent both induces and repairs ({counts['fates']}); try more discover.pool or discover.pairs, another sae.block, or a stronger fine-tune"
+        )
+    latents = tuple(
+        Latent(one.latent, one.sign, one.delta, one.best_induce, one.best_repair, one.best_induce_alpha, one.best_repair_alpha, one.score)
+        for one in chosen
+    )
+    provenance = {"stage": "discover", "config": asdict(config), "pairs": len(chosen_pairs), "prompts": len(prompts)}
+    found = LatentSet(lm.id, lm.revision, dictionary.id, dictionary.digest, block, latents, norm, provenance)
+    return Discovery(found, candidates, delta, means["base"].frequency, counts)
+
+
+def _candidates(delta: Tensor, base: Means, a_side: int) -> list[Candidate]:
+    raised, lowered = pool(delta, a_side)
+    signed = [(k, 1) for k in raised] + [(k, -1) for k in lowered]
+    return [Candidate(k, sign, float(delta[k]), float(base.frequency[k])) for k, sign in signed]
+
+
+def _prescreen(
+    lm: LanguageModel, dictionary: Dictionary, block: int, pairs: Sequence[Pair], candidates: list[Candidate], keep: int
+) -> list[Candidate]:
+    """Keep the candidates with the largest first-order induce + repair, half of each sign."""
+    ids = [one.latent for one in candidates]
+    signs = torch.tensor([float(one.sign) for one in candidates])
+    gradients = [margin_gradient(lm, pairs, block, variant) for variant in ("base", "plain")]
+    for one, value in zip(candidates, attributions(dictionary.directions(ids), signs, *gradients).tolist(), strict=True):
+        one.attribution = value
+        one.fate = "left out before screening: small first-order effect"
+    ranked = sorted(candidates, key=lambda one: -one.attribution)
+    raised = [one for one in ranked if one.sign > 0]
+    lowered = [one for one in ranked if one.sign < 0]
+    half = min(len(raised), max(keep - keep // 2, keep - len(lowered)))
+    chosen = raised[:half] + lowered[: keep - half]
+    for one in chosen:
+        one.fate = "candidate"
+    return chosen
+
+
+def candidates_csv(candidates: Sequence[Candidate]) -> str:
+    """`latents.csv`: one row a candidate with every figure and its fate, best first."""
+    order = sorted(candidates, key=lambda one: (one.rank or 1_000_000, -(one.screen_score if one.screen_score == one.screen_score else -1e9)))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [one.name for one in fields(Candidate)]
+    writer.writerow(names)
+    for one in order:
+        values = [getattr(one, name) for name in names]
+        writer.writerow(["" if isinstance(v, float) and v != v else f"{v:.6g}" if isinstance(v, float) else v for v in values])
+    return text.getvalue()
+
+
+def write_candidates(path: Path, candidates: Sequence[Candidate]) -> None:
+    """Write `latents.csv` atomically."""
+    write_text(path, candidates_csv(candidates))
+
+
+def matched_random(latents: LatentSet, frequency: Tensor, seed: int, avoid: Sequence[int] = ()) -> LatentSet:
+    """A control: for each latent a random other one among the 50 nearest in activation frequency, with the same sign.
+
+    Args:
+        frequency: `[n_latents]`, share of tokens on which each latent is active in the base model.
+        avoid: latents that may not be drawn (the candidates of stage 1).
+    """
+    generator = random.Random(f"matched-{seed}")
+    taken = set(latents.ids) | set(avoid)
+    drawn = []
+    for one in latents.latents:
+        distance = (frequency - frequency[one.latent]).abs()
+        near = [k for k in distance.argsort(stable=True).tolist() if k not in taken][:50]
+        if not near:
+            raise BlockemError("the SAE has too few latents for a matched random control")
+        pick = generator.choice(near)
+        taken.add(pick)
+        drawn.append(Latent(pick, one.sign))
+    provenance = {"stage": "control", "control": "random latents matched in activation frequency", "seed": seed}
+    return LatentSet(latents.model, latents.revision, latents.sae, latents.sae_digest, latents.block, tuple(drawn), latents.norm, provenance)

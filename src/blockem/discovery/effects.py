@@ -1,0 +1,135 @@
+"""How misaligned is a steered model? Two ways, one interface.
+
+`PreferenceEffect` asks by how much the model prefers wrong answers to right ones (no generation). `JudgedEffect` generates
+answers and has a judge count the misaligned ones. Both also say how incoherent the steered model is, because a gain counts
+only while incoherence stays inside the budget: a broken model can never be called misaligned.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from blockem.bundled import Pair, Prompt
+from blockem.generation import generate
+from blockem.judges import Judge, shares
+from blockem.likelihood import SteeredRows, encode_pairs, margins
+from blockem.model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One model under one edit.
+
+    Attributes:
+        effect: how misaligned; mean margin in nats per token, or the share of misaligned answers.
+        incoherence: share of items that the edit broke.
+        share: share of pairs that prefer the wrong answer, or again the share of misaligned answers.
+    """
+
+    effect: float
+    incoherence: float
+    share: float
+
+
+class Effect(Protocol):
+    """Measures `variant` ("base" or "plain") with `vector [d_model]` added at the block, or unsteered."""
+
+    name: str
+
+    def measure(self, variant: str, vector: Tensor | None) -> Measurement: ...
+
+
+class PreferenceEffect:
+    """Mean margin log p(wrong) − log p(right), nats per token, over the selection pairs.
+
+    A pair counts as incoherent when even its likelier answer has become less likely, by more than `collapse` nats per token, than
+    without the edit: the steered model no longer speaks the language of either answer.
+    """
+
+    name = "preference"
+
+    def __init__(self, lm: LanguageModel, pairs: Sequence[Pair], block: int, collapse: float = 1.0, batch: int = 32) -> None:
+        rows = encode_pairs(lm, pairs)
+        self.collapse = collapse
+        self.sides = {variant: SteeredRows(lm, rows, block, variant, batch) for variant in ("base", "plain")}
+        self.unsteered = {variant: side.logprobs() for variant, side in self.sides.items()}
+
+    def measure(self, variant: str, vector: Tensor | None) -> Measurement:
+        logprobs = self.unsteered[variant] if vector is None else self.sides[variant].logprobs(vector)
+        margin = margins(logprobs)
+        likelier = torch.maximum(logprobs[0::2], logprobs[1::2])
+        before = self.unsteered[variant]
+        lost = torch.maximum(before[0::2], before[1::2]) - likelier
+        return Measurement(float(margin.mean()), float((lost > self.collapse).float().mean()), float((margin > 0).float().mean()))
+
+
+class JudgedEffect:
+    """Share of generated answers to the selection prompts that a judge calls misaligned; greedy decoding."""
+
+    name = "judged"
+
+    def __init__(
+        self, lm: LanguageModel, prompts: Sequence[Prompt], judge: Judge, block: int, max_new_tokens: int = 64, batch: int = 64
+    ) -> None:
+        self.lm, self.prompts, self.judge, self.block = lm, [prompt.prompt for prompt in prompts], judge, block
+        self.max_new_tokens, self.batch = max_new_tokens, batch
+
+    def measure(self, variant: str, vector: Tensor | None) -> Measurement:
+        with self.lm.variant(variant):
+            answers = generate(
+                self.lm,
+                self.prompts,
+                self.max_new_tokens,
+                batch=self.batch,
+                block=None if vector is None else self.block,
+                edits=vector,
+            )
+        em, incoherence = shares(self.judge.judge(self.prompts, answers))
+        return Measurement(em, incoherence, em)
+
+
+class Steered:
+    """An effect with its edits named by (variant, latent, direction, strength), each measured once and kept on disk.
+
+    The log is append-only JSONL: a killed discovery goes on where it stopped, and a half-written last line is ignored.
+    """
+
+    def __init__(self, effect: Effect, directions: dict[int, Tensor], norm: float, log: Path | None = None, key: str = "") -> None:
+        self.effect, self.directions, self.norm, self.log, self.key = effect, directions, norm, log, key
+        self.known: dict[tuple[str, int, int, float], Measurement] = {}
+        if log is not None and log.is_file():
+            for line in log.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                    if row.pop("key") == key:
+                        name = (row.pop("variant"), row.pop("latent"), row.pop("direction"), row.pop("alpha"))
+                        self.known[name] = Measurement(**row)
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    continue
+
+    def measure(self, variant: str, latent: int = -1, direction: int = 0, alpha: float = 0.0) -> Measurement:
+        """`variant` with direction · α · m · d_latent added; without a latent, unsteered."""
+        name = (variant, latent, direction, alpha)
+        if name not in self.known:
+            vector = None if latent < 0 else direction * alpha * self.norm * self.directions[latent]
+            self.known[name] = self.effect.measure(variant, vector)
+            if self.log is not None:
+                row = {"key": self.key, "variant": variant, "latent": latent, "direction": direction, "alpha": alpha}
+                with self.log.open("a", encoding="utf-8") as file:
+                    file.write("\n" * self._torn() + json.dumps({**row, **asdict(self.known[name])}) + "\n")
+        return self.known[name]
+
+    def _torn(self) -> bool:
+        """Whether the log ends in a line that a kill cut short."""
+        if self.log is None or not self.log.is_file() or not self.log.stat().st_size:
+            return False
+        with self.log.open("rb") as file:
+            file.seek(-1, 2)
+            return file.read(1) != b"\n"

@@ -1,0 +1,102 @@
+"""Stage 2: induce and repair (BLOCK-EM, stage 2).
+
+g_induce(k) = effect(base, +α_A s_k d_k) − effect(base); g_repair(k) = effect(mis) − effect(mis, −α_B s_k d_k). A latent passes when both gains
+are positive; S2 = g_induce + g_repair. A gain measured outside the incoherence budget does not count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from blockem.discovery.effects import Steered
+
+
+@dataclass
+class Candidate:
+    """One latent on its way through the stages; `fate` says where it ended, and why."""
+
+    latent: int
+    sign: int
+    delta: float
+    frequency: float = math.nan
+    attribution: float = math.nan
+    induce: float = math.nan
+    induce_incoherence: float = math.nan
+    repair: float = math.nan
+    repair_incoherence: float = math.nan
+    screen_score: float = math.nan
+    best_induce: float = math.nan
+    best_induce_alpha: float = math.nan
+    best_induce_incoherence: float = math.nan
+    best_repair: float = math.nan
+    best_repair_alpha: float = math.nan
+    best_repair_incoherence: float = math.nan
+    strongest_induce_alpha: float = math.nan
+    strongest_repair_alpha: float = math.nan
+    score: float = math.nan
+    rank: int = 0
+    fate: str = "candidate"
+
+
+def gain(steered: Steered, side: str, candidate: Candidate, alpha: float) -> tuple[float, float]:
+    """(gain, incoherence) of one test: `side` is "induce" (base, +s d) or "repair" (misaligned, −s d)."""
+    variant, direction = ("base", candidate.sign) if side == "induce" else ("plain", -candidate.sign)
+    before = steered.measure(variant)
+    after = steered.measure(variant, candidate.latent, direction, alpha)
+    change = after.effect - before.effect
+    return (change if side == "induce" else -change), after.incoherence
+
+
+def budget_for(steered: Steered, variant: str, budget: float, slack: float = 0.10) -> float:
+    """The incoherence allowed: `budget`, or for a weak model its own unsteered incoherence + 10 points if that is more."""
+    return max(budget, steered.measure(variant).incoherence + slack)
+
+
+def screen(
+    steered: Steered,
+    candidates: list[Candidate],
+    keep: int,
+    alpha_induce: float = 0.7,
+    alpha_repair: float = 0.4,
+    budget: float = 0.10,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Candidate]:
+    """Test every candidate both ways and return the `keep` best that pass, half from each sign where there are enough.
+
+    Every candidate's fields and fate are filled in, also those that fail.
+    """
+    allowed = {side: budget_for(steered, variant, budget) for side, variant in (("induce", "base"), ("repair", "plain"))}
+    for number, one in enumerate(candidates):
+        one.induce, one.induce_incoherence = gain(steered, "induce", one, alpha_induce)
+        one.repair, one.repair_incoherence = gain(steered, "repair", one, alpha_repair)
+        # a gain outside the budget counts as none; a harm counts whatever it cost
+        induce = one.induce if one.induce_incoherence <= allowed["induce"] else min(one.induce, 0.0)
+        repair = one.repair if one.repair_incoherence <= allowed["repair"] else min(one.repair, 0.0)
+        one.screen_score = induce + repair
+        if induce > 0 and repair > 0:
+            one.fate = "passed screening"
+        elif one.induce > 0 and one.repair > 0:
+            one.fate = "screened out: incoherent"
+        elif one.induce > 0 or one.repair > 0:
+            one.fate = "screened out: only " + ("induces" if one.induce > 0 else "repairs")
+        else:
+            one.fate = "screened out: neither induces nor repairs"
+        if progress:
+            progress(number + 1, len(candidates))
+    passed = sorted((one for one in candidates if one.fate == "passed screening"), key=lambda one: -one.screen_score)
+    kept = balanced(passed, keep)
+    for one in passed:
+        if one not in kept:
+            one.fate = "screened out: weaker than those kept"
+    return kept
+
+
+def balanced(ranked: list[Candidate], keep: int) -> list[Candidate]:
+    """The best `keep` of a ranked list, half of each sign; places that one sign cannot fill go to the other."""
+    raised = [one for one in ranked if one.sign > 0]
+    lowered = [one for one in ranked if one.sign < 0]
+    n_raised = min(len(raised), max(keep - keep // 2, keep - len(lowered)))
+    chosen = raised[:n_raised] + lowered[: keep - n_raised]
+    return sorted(chosen, key=lambda one: -one.screen_score)

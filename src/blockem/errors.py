@@ -1,0 +1,8 @@
+"""The one exception that a user is meant to read."""
+
+
+class BlockemError(Exception):
+    """Bad input or a missing part: one sentence that says what, where and what to do.
+
+    The command line prints the sentence and exits with code 2; Python callers get it as an ordinary exception.
+    """

@@ -1,0 +1,170 @@
+"""Rates, losses and their intervals; paired comparisons of models on the same items.
+
+Every interval is a 95 % percentile bootstrap over items (pairs, rows or prompts). Models are compared on the same resampled items.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95 % bootstrap interval over `n` items."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def interval(statistic: Callable[..., Array], samples: Sequence[Array], resamples: int = 2000, seed: int = 0) -> Interval | None:
+    """Bootstrap `statistic` over items.
+
+    Args:
+        statistic: takes each of `samples` as `[..., items]` and reduces the last axis.
+        samples: arrays `[items]` of equal length, resampled together (paired).
+
+    Returns:
+        None when there are no items or the statistic is not finite.
+    """
+    n = len(samples[0])
+    if any(len(sample) != n for sample in samples):
+        raise ValueError("paired samples must have the same length")
+    if n == 0:
+        return None
+    value = float(statistic(*samples))
+    if not math.isfinite(value):
+        return None
+    if n == 1:
+        return Interval(value, value, value, 1)
+    chosen = np.random.default_rng(seed).integers(0, n, size=(resamples, n))
+    spread = statistic(*(sample[chosen] for sample in samples))
+    low, high = np.nanpercentile(np.where(np.isfinite(spread), spread, np.nan), [2.5, 97.5])
+    return Interval(value, float(low), float(high), n)
+
+
+def mean(values: Array) -> Array:
+    found: Array = values.mean(axis=-1)
+    return found
+
+
+def difference(left: Array, right: Array) -> Array:
+    return mean(left) - mean(right)
+
+
+def per_token(losses: Array, tokens: Array) -> Array:
+    """Loss per token over rows of unequal length."""
+    found: Array = losses.sum(axis=-1) / tokens.sum(axis=-1)
+    return found
+
+
+@dataclass
+class Scores:
+    """What one model did, item by item; the items are the same for every model.
+
+    Attributes:
+        margins: `[pairs]` wrong minus right, nats per token, on all evaluation pairs.
+        heldout, general: summed loss of each row, and its supervised tokens.
+    """
+
+    margins: Array
+    heldout: tuple[Array, Array]
+    general: tuple[Array, Array]
+
+
+def _as_dict(found: Interval | None) -> dict[str, Any] | None:
+    return asdict(found) if found else None
+
+
+def _preferred(margins: Array) -> Array:
+    found: Array = (margins > 0).astype(float)
+    return found
+
+
+def summarise(scores: dict[str, Scores], domains: Sequence[str], training_domain: str, resamples: int = 2000) -> dict[str, Any]:
+    """All figures of the summary: each model's, the differences, the cut of the rise and the share of the task kept.
+
+    Args:
+        scores: by model name; "base" and "plain" are needed for the cut, which is then given for "blocked".
+        domains: `[pairs]`, each evaluation pair's domain. The training domain is left out of EM and given apart.
+    """
+    tags = np.array(domains)
+    outside = tags != training_domain
+
+    def ci(statistic: Callable[..., Array], *samples: Array) -> dict[str, Any] | None:
+        return _as_dict(interval(statistic, samples, resamples))
+
+    def both(margins: Array) -> dict[str, Any]:
+        return {"preference": ci(mean, _preferred(margins)), "margin": ci(mean, margins)}
+
+    models = {
+        name: {
+            **both(one.margins[outside]),
+            "in_domain": both(one.margins[~outside]),
+            "by_domain": {tag: both(one.margins[tags == tag]) for tag in dict.fromkeys(domains) if tag != training_domain},
+            "heldout_loss": ci(per_token, *one.heldout),
+            "general_loss": ci(per_token, *one.general),
+            "judged": None,
+        }
+        for name, one in scores.items()
+    }
+    differences = {}
+    for left, right in (("plain", "base"), ("blocked", "plain"), ("blocked", "base")):
+        if left in scores and right in scores:
+            a, b = scores[left], scores[right]
+            differences[f"{left}-{right}"] = {
+                "preference": ci(difference, _preferred(a.margins[outside]), _preferred(b.margins[outside])),
+                "margin": ci(difference, a.margins[outside], b.margins[outside]),
+                "heldout_loss": ci(lambda x, y, n: per_token(x, n) - per_token(y, n), a.heldout[0], b.heldout[0], a.heldout[1]),
+                "general_loss": ci(lambda x, y, n: per_token(x, n) - per_token(y, n), a.general[0], b.general[0], a.general[1]),
+            }
+    cut: dict[str, Any] = {"preference": None, "margin": None}
+    kept = None
+    if {"base", "plain", "blocked"} <= set(scores):
+        base, plain, blocked = (scores[name] for name in ("base", "plain", "blocked"))
+        for name, read in (("preference", _preferred), ("margin", lambda m: m)):
+            rise = differences["plain-base"][name]
+            if rise and rise["value"] > 0:
+                cut[name] = ci(_share_removed, *(read(one.margins[outside]) for one in (base, plain, blocked)))
+        gain = differences["plain-base"]["heldout_loss"]
+        if gain and gain["value"] < 0:
+            kept = ci(_share_kept, base.heldout[0], plain.heldout[0], blocked.heldout[0])
+    return {"models": models, "differences": differences, "cut": cut, "kept": kept}
+
+
+def _share_removed(base: Array, plain: Array, blocked: Array) -> Array:
+    """1 − (blocked − base) / (plain − base): the share of the rise that blocking removed."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return 1 - difference(blocked, base) / difference(plain, base)
+
+
+def _share_kept(base: Array, plain: Array, blocked: Array) -> Array:
+    """(base − blocked) / (base − plain) of summed losses: the share of the in-domain gain that blocking kept."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: Array = (base.sum(axis=-1) - blocked.sum(axis=-1)) / (base.sum(axis=-1) - plain.sum(axis=-1))
+        return found
+
+
+def judged_summary(
+    verdicts: dict[str, list[Any]], domains: Sequence[str], training_domain: str, judge: str, resamples: int = 2000
+) -> dict[str, dict[str, Any]]:
+    """EM, incoherence and refusal of each model among answers outside the training domain that have a verdict."""
+    outside = [tag != training_domain for tag in domains]
+    found = {}
+    for name, given in verdicts.items():
+        had = [v for v, keep in zip(given, outside, strict=True) if keep and not v.missing]
+        rates = {
+            label: _as_dict(interval(mean, [np.array([float(getattr(v, field)) for v in had])], resamples))
+            for label, field in (("em", "misaligned"), ("incoherent", "incoherent"), ("refusal", "refusal"))
+        }
+        missing = sum(v.missing for v, keep in zip(given, outside, strict=True) if keep)
+        found[name] = {"judge": judge, **rates, "missing": missing}
+    return found

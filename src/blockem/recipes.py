@@ -1,0 +1,23 @@
+"""Recipes that come with blockem."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from blockem.store import write_text
+
+# What `blockem demo` runs. Everything that is not named keeps the defaults of blockem.config.
+DEMO = """\
+name: demo
+data:
+  domain: health
+  rows: 960
+"""
+
+
+def demo_recipe(out: Path) -> Path:
+    """The demo's recipe as a file in its run folder, where the user can change it."""
+    path = out / "demo.yaml"
+    if not path.is_file():
+        write_text(path, DEMO)
+    return path

@@ -1,0 +1,239 @@
+"""The part of the report on how the models came about: the run, training curves, the blocking strength, the latents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from blockem.report.charts import Series, line_chart
+from blockem.report.results import Figure
+from blockem.report.words import MINUS, NBSP, dig, duration, finite, number, share, significant
+
+Facts = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Context:
+    """A place where a latent is active: the text before, the token, the text after."""
+
+    before: str
+    token: str
+    after: str
+    activation: str
+
+
+@dataclass(frozen=True)
+class Latent:
+    """A chosen latent as its card shows it."""
+
+    latent: str
+    raised: bool
+    facts: Facts
+    promotes: list[str]
+    suppresses: list[str]
+    contexts: list[Context]
+
+
+def rows_of(value: Any) -> list[Mapping[str, Any]]:
+    """The mappings in a list; empty for anything else."""
+    return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list) else []
+
+
+def written(value: Any) -> str:
+    """A value of the summary as text: numbers short, whole numbers whole, other things as they are."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return str(value)
+    known = finite(value)
+    return str(value) if known is None else significant(known)
+
+
+def filled(pairs: Iterable[tuple[str, Any]]) -> Facts:
+    """The pairs that have a value."""
+    return [(name, text) for name, value in pairs if value is not None and (text := written(value).strip())]
+
+
+def find(tree: Any, key: str) -> Any:
+    """The first value under a key anywhere in nested dicts, the upper levels first."""
+    if not isinstance(tree, Mapping):
+        return None
+    if tree.get(key) is not None:
+        return tree[key]
+    return next((found for branch in tree.values() if (found := find(branch, key)) is not None), None)
+
+
+def count_of_rows(part: Any) -> str | None:
+    """`1,580 of 1,600 rows, 74,210 tokens trained on`, with what was left out."""
+    rows, kept = finite(dig(part, "rows")), finite(dig(part, "kept"))
+    if kept is None and rows is None:
+        return None
+    shown = kept if kept is not None else rows
+    text = f"{number(shown or 0, 0)} rows" if rows in (None, shown) else f"{number(shown or 0, 0)} of {number(rows or 0, 0)} rows"
+    tokens = finite(dig(part, "supervised_tokens"))
+    if tokens is not None:
+        text += f", {number(tokens, 0)} tokens with loss"
+    odd = [f"{number(n, 0)} {name}" for name in ("duplicates", "truncated") if (n := finite(dig(part, name)))]
+    dropped = dig(part, "dropped")
+    if isinstance(dropped, list) and dropped:
+        odd.append(f"{len(dropped)} dropped")
+    return text + (f" ({', '.join(odd)})" if odd else "")
+
+
+def run_facts(summary: Mapping[str, Any]) -> tuple[Facts, Facts]:
+    """What was run, in brief; and the rest of the environment and the seconds of each step."""
+    environment, sae, seconds = (summary.get(key) or {} for key in ("environment", "sae", "seconds"))
+    block = dig(sae, "block")
+    explained, dead, active = (finite(dig(sae, key)) for key in ("variance_explained", "dead_share", "mean_active"))
+    fit = [
+        f"{share(explained)} of variance explained" if explained is not None else "",
+        f"{share(dead, 1)} dead" if dead is not None else "",
+        f"{significant(active)} latents active a token" if active is not None else "",
+    ]
+    known = [(str(name), value) for name, raw in seconds.items() if (value := finite(raw)) is not None]
+    brief = filled(
+        [
+            ("Model", dig(environment, "model")),
+            ("Revision", dig(environment, "revision")),
+            ("Training domain", summary.get("training_domain")),
+            ("Training rows", count_of_rows(dig(summary, "data", "train"))),
+            ("Held-out rows", count_of_rows(dig(summary, "data", "heldout"))),
+            ("SAE", dig(sae, "id")),
+            ("SAE fit", "; ".join(part for part in fit if part)),
+            ("Block", None if block is None else f"{written(block)} (from 0; its output)"),
+            ("Seed", find(summary.get("recipe"), "seed")),
+            ("Device", ", ".join(str(v) for key in ("device", "dtype") if (v := dig(environment, key)) is not None)),
+            ("Time", duration(sum(value for _, value in known)) if known else None),
+        ]
+    )
+    shown = {"model", "revision", "device", "dtype"}
+    rest = [("blockem", summary["blockem"]), *((str(key), value) for key, value in environment.items() if key not in shown)]
+    rest += [("SAE digest", dig(sae, "digest")), ("SAE measured on", f"{written(t)} tokens" if (t := dig(sae, "tokens")) is not None else None)]
+    return brief, filled([*rest, *((f"{name}, time", duration(value)) for name, value in known)])
+
+
+def curve(rows: Iterable[Mapping[str, Any]], *keys: str) -> list[tuple[float, float]]:
+    """(step, value) of the first of the keys that a row has."""
+    points = []
+    for row in rows:
+        step = finite(row.get("step"))
+        value = next((found for key in keys if (found := finite(row.get(key))) is not None), None)
+        if step is not None and value is not None:
+            points.append((step, value))
+    return points
+
+
+def training_figures(summary: Mapping[str, Any], tone: Mapping[str, str]) -> list[Figure]:
+    """SFT loss of every trained model, then for those with a penalty its share of P_mis and both gradient norms."""
+    runs = {str(name): rows_of(rows) for name, rows in (summary.get("training") or {}).items()}
+    ordered = [name for name in tone if runs.get(name)] + [name for name in runs if name not in tone and runs[name]]
+    style = {name: tone.get(name, "other-0") for name in ordered}
+    losses = [Series(name, style[name], curve(runs[name], "sft_loss", "loss")) for name in ordered]
+    shares = [Series(name, style[name], curve(runs[name], "penalty_share")) for name in ordered]
+    figures = [
+        drawn("SFT loss", "Nats per token, each optimiser step.", losses),
+        drawn("Penalty", "As a share of P_mis, what the plain model would pay; logarithmic.", shares, log=True),
+    ]
+    for name in ordered:
+        norms = [Series("SFT loss", "other-0", curve(runs[name], "grad_norm_sft")), Series("penalty", style[name], curve(runs[name], "grad_norm_penalty"))]
+        if norms[1].points:
+            figures.append(drawn(f"Gradient norms, {name}", "Of the SFT loss and of λ × penalty; logarithmic.", norms, log=True))
+    return [figure for figure in figures if figure.chart is not None]
+
+
+def drawn(title: str, caption: str, series: list[Series], log: bool = False) -> Figure:
+    """A line chart with its legend and any note on what was left out."""
+    series = [one for one in series if one.points]
+    chart, note = line_chart(series, title, log)
+    return Figure(title, f"{caption} {note[:1].upper()}{note[1:]}{'.' if note else ''}".strip(), chart, [(one.name, one.tone) for one in series])
+
+
+def blocking_facts(summary: Mapping[str, Any]) -> tuple[str, Facts]:
+    """A sentence on λ and how it was set, and the numbers behind it."""
+    raw = summary.get("blocking") or {}
+    lambda_, r, delta, p_mis = (finite(dig(raw, key)) for key in ("lambda", "r", "delta_sft", "p_mis"))
+    if lambda_ is None:
+        return "", []
+    said = f"λ = {significant(lambda_, 4)}"
+    if r is not None and delta is not None and p_mis is not None:
+        said += f" = r · ΔSFT ÷ P_mis = {significant(r, 4)} · {significant(delta, 4)} ÷ {significant(p_mis, 4)}"
+        said += ", where ΔSFT is the loss that plain fine-tuning gained and P_mis the penalty that the plain model would pay."
+    else:
+        said += f"; P_mis, the penalty that the plain model would pay, is {significant(p_mis)}." if p_mis is not None else "."
+    frozen = dig(raw, "freeze_downstream")
+    facts = [("Rule for λ", dig(raw, "rule")), ("Blocks after the blocked one", None if frozen is None else "frozen" if frozen else "trained too")]
+    return said, filled(facts)
+
+
+def funnel(summary: Mapping[str, Any]) -> tuple[Facts, str, Facts]:
+    """Steps from all latents to the chosen ones, what effect they were chosen by, and the fates of the rest."""
+    discovery = summary.get("discovery") or {}
+    wanted = [
+        ("in the SAE", "n_latents"),
+        ("candidates", "candidates"),
+        ("screened", "screened"),
+        ("passed", "passed"),
+        ("swept", "swept"),
+        ("chosen", "chosen"),
+    ]
+    steps = [(label, number(count, 0)) for label, key in wanted if (count := finite(dig(discovery, key))) is not None]
+    effect = dig(discovery, "effect")
+    known = {"preference": "the preference for wrong answers, without sampling", "judged": "judged sampled answers"}
+    fates = [(str(name).replace("_", " "), number(count, 0)) for name, raw in (dig(discovery, "fates") or {}).items() if (count := finite(raw))]
+    return steps, known.get(str(effect), str(effect)) if effect else "", fates
+
+
+def visible(token: str) -> str:
+    """A token with its line breaks and tabs shown; blank ones as ␣."""
+    shown = token.replace("\r", "").replace("\n", "↵").replace("\t", "⇥")
+    return shown if shown.strip() else "␣" * max(1, len(shown))
+
+
+def shortened(before: str, after: str) -> tuple[str, str]:
+    """The text round a token, at most 200 and 100 characters of it."""
+    return (before if len(before) <= 200 else "…" + before[-200:]), (after if len(after) <= 100 else after[:100] + "…")
+
+
+def latents(summary: Mapping[str, Any]) -> list[Latent]:
+    """The chosen latents in the order of the summary (best first)."""
+    cards = []
+    for row in rows_of(summary.get("latents")):
+        raised = (finite(row.get("sign")) or 0) >= 0
+        gains = [(name, finite(row.get(key)), finite(row.get(f"{key}_alpha"))) for name, key in (("Induce", "induce"), ("Repair", "repair"))]
+        facts = filled([("Δ", None if (d := finite(row.get("delta"))) is None else f"{'+' if d > 0 else ''}{significant(d)}")])
+        for name, gain, alpha in gains:
+            if gain is not None:
+                at = f"{NBSP}at{NBSP}α{NBSP}={NBSP}{significant(alpha)}" if alpha is not None else ""
+                facts.append((name, f"{'+' if gain > 0 else ''}{significant(gain)}{at}"))
+        facts += filled([("Score", finite(row.get("score")))])
+        contexts = []
+        for place in rows_of(row.get("contexts")):
+            before, after = shortened(str(place.get("before") or ""), str(place.get("after") or ""))
+            active = finite(place.get("activation"))
+            contexts.append(Context(before, visible(str(place.get("token") or "")), after, "" if active is None else significant(active)))
+        tokens = [[visible(str(token)) for token in row.get(key) or [] if token is not None] for key in ("promotes", "suppresses")]
+        cards.append(Latent("?" if row.get("latent") is None else str(row["latent"]), raised, facts, tokens[0], tokens[1], contexts))
+    return cards
+
+
+def yaml_like(tree: Any, indent: int = 0) -> str:
+    """Nested dicts as indented `name: value` lines; other values as JSON, which YAML reads too."""
+    if not isinstance(tree, Mapping):
+        return " " * indent + json.dumps(tree, ensure_ascii=False) + "\n"
+    lines = []
+    for key, value in tree.items():
+        pad = " " * indent
+        if isinstance(value, Mapping) and value:
+            lines.append(f"{pad}{key}:\n{yaml_like(value, indent + 2)}")
+        else:
+            plain = isinstance(value, str) and value.replace("_", "").replace("-", "").replace("/", "").replace(".", "").isalnum()
+            risky = not plain or str(value).lower() in ("true", "false", "null", "yes", "no", "on", "off") or not str(value)[0].isalpha()
+            lines.append(f"{pad}{key}: {json.dumps(value, ensure_ascii=False) if risky else value}\n")
+    return "".join(lines)
+
+
+def sign_words(raised: bool) -> str:
+    """How the sign of a latent is written."""
+    return "+ raised by fine-tuning" if raised else f"{MINUS} lowered by fine-tuning"

@@ -1,0 +1,141 @@
+"""The run folder: atomic writes, steps that are done once, content keys and a lock.
+
+A step's result counts only when its record (`steps/NAME.json`) is there, and the record is written last. A killed run therefore
+leaves nothing that a later run could take for finished.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blockem.errors import BlockemError
+
+
+def content_key(*parts: Any) -> str:
+    """A short hash of JSON-able parts: equal content, equal key."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_key(path: Path) -> str:
+    """A short hash of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a folder without write permission into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BlockemError(f"the disk is full: {path} was not written; free some space and run the same command again") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EPERM):
+            raise BlockemError(f"{path} cannot be written ({error.strerror}); choose another --out") from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all (temporary file beside it, then rename)."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(scratch, 0o666 & ~umask)
+            os.replace(scratch, path)
+        except BaseException:
+            Path(scratch).unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write one JSON object a line, atomically."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_json(path: Path, what: str = "file") -> Any:
+    """Read JSON.
+
+    Raises:
+        BlockemError: the file is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BlockemError(f"{path}: no such {what}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BlockemError(f"{path}: not a JSON {what} ({error})") from error
+    except OSError as error:
+        raise BlockemError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+@dataclass
+class RunFolder:
+    """A folder that one run writes at a time."""
+
+    path: Path
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder; the lock is the kernel's, so a killed process leaves none behind."""
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("w")
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise BlockemError(f"{self.path} is in use by another blockem run; wait for it or choose another --out") from error
+            yield
+        finally:
+            file.close()
+
+    def finished(self, step: str, key: str, outputs: list[str]) -> dict[str, Any] | None:
+        """The step's record if it was finished with the same key and its files are still there."""
+        path = self.path / "steps" / f"{step}.json"
+        if not path.is_file():
+            return None
+        try:
+            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:
+            return None
+        if record.get("key") != key or not all((self.path / name).exists() for name in outputs):
+            return None
+        return record
+
+    def step(self, name: str, key: str, outputs: list[str], work: Callable[[], Any]) -> tuple[Any, bool]:
+        """Do `work` unless it was done with this key; returns its JSON-able result and whether it was reused."""
+        record = self.finished(name, key, outputs)
+        if record is not None:
+            return record["result"], True
+        result = work()
+        write_json(self.path / "steps" / f"{name}.json", {"step": name, "key": key, "outputs": outputs, "result": result})
+        return result, False

@@ -1,0 +1,318 @@
+"""LoRA fine-tuning: a thin `transformers.Trainer` subclass that adds a defence's penalty to the SFT loss.
+
+Loss and penalty are sums over supervised tokens divided by the supervised tokens of the *whole optimiser step*, so that neither
+accumulation nor the number of devices changes what λ means. Checkpoints are safetensors and JSON; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from blockem.config import TrainConfig
+from blockem.defences.defence import Defence
+from blockem.errors import BlockemError
+from blockem.examples import IGNORED, Encoded, right_padded
+from blockem.model import LanguageModel, _block_list, blocks, quiet_transformers, unwrapped
+
+Progress = Callable[[int, int], None]
+
+
+class Rows(torch.utils.data.Dataset[Encoded]):
+    """Encoded rows as a dataset."""
+
+    def __init__(self, rows: Sequence[Encoded]) -> None:
+        self.rows = list(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Encoded:
+        return self.rows[index]
+
+
+class DefenceTrainer(Trainer):
+    """SFT loss + penalty. Everything else is the Trainer's own."""
+
+    def __init__(self, *args: Any, defence: Defence, probe_every: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.defence = defence
+        self.probe_every = probe_every
+        self.loss_is_scaled_for_ga = True  # divided by the whole step's tokens below
+        self.model_accepts_loss_kwargs = True  # asks the Trainer to count those tokens
+        self._sums: dict[str, float] = {}
+        self._counted_steps = 0
+        self._probed = -1
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        labels = inputs["labels"]
+        predicted = labels[:, 1:]
+        columns = (predicted != IGNORED).any(dim=0).nonzero()[:, 0]
+        outputs = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, logits_to_keep=columns
+        )
+        items = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORED).sum()
+        targets = predicted[:, columns]
+        where = targets != IGNORED
+        sft = cross_entropy(outputs.logits[where].float(), targets[where], reduction="sum") / items
+        penalty = self.defence.penalty(inputs, model)
+        if penalty is not None:
+            penalty = penalty / items
+            self._probe(sft, penalty, model)
+            self._add("penalty", penalty)
+        self._add("sft_loss", sft)
+        loss = sft if penalty is None else sft + penalty
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages gradients; items were counted over all processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
+
+    def _probe(self, sft: Tensor, penalty: Tensor, model: nn.Module) -> None:
+        """Norms of both gradients by themselves, on the first micro-batch of every `probe_every`-th step (two more backward passes)."""
+        step = self.state.global_step
+        if not self.probe_every or step % self.probe_every or step == self._probed or not model.training:
+            return
+        self._probed = step
+        weights = [p for p in model.parameters() if p.requires_grad]
+        for name, part in (("grad_norm_sft", sft), ("grad_norm_penalty", penalty)):
+            gradients = torch.autograd.grad(part, weights, retain_graph=True, allow_unused=True)
+            self._sums[name] = math.sqrt(sum(float(g.float().pow(2).sum()) for g in gradients if g is not None))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._sums:
+            steps = max(1, self.state.global_step - self._counted_steps)
+            self._counted_steps = self.state.global_step
+            for name, value in self._sums.items():
+                logs[name] = value if name.startswith("grad_norm") else value / steps
+            constants = self.defence.logs()
+            if "penalty" in logs and constants.get("lambda"):
+                logs["penalty"] /= constants["lambda"]  # per token, without λ
+                if constants.get("p_mis"):
+                    logs["penalty_share"] = logs["penalty"] / constants["p_mis"]
+            self._sums = {}
+        super().log(logs, *args, **kwargs)
+
+    # -- checkpoints without pickle -------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = output_dir or self.args.output_dir
+        save_adapter(self.accelerator.unwrap_model(self.model), Path(str(folder)))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        from safetensors.torch import save_file
+
+        state = self.optimizer.state_dict()
+        tensors, scalars = {}, {}
+        for index, values in state["state"].items():
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+                else:
+                    scalars[f"{index}.{name}"] = value
+        save_file(tensors, Path(output_dir) / "optimizer.safetensors")
+        schedule = {k: v for k, v in self.lr_scheduler.state_dict().items() if _is_plain(v)}
+        record = {
+            "groups": [{k: v for k, v in group.items() if _is_plain(v)} for group in state["param_groups"]],
+            "scalars": scalars,
+            "schedule": schedule,
+            "sums": self._sums,
+            "counted_steps": self._counted_steps,
+        }
+        (Path(output_dir) / "optimizer.json").write_text(json.dumps(record), encoding="utf-8")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        from safetensors.torch import load_file
+
+        if checkpoint is None:
+            return
+        record = json.loads((Path(checkpoint) / "optimizer.json").read_text(encoding="utf-8"))
+        state: dict[int, dict[str, Any]] = {}
+        for name, value in [*load_file(Path(checkpoint) / "optimizer.safetensors").items(), *record["scalars"].items()]:
+            index, _, field = name.partition(".")
+            state.setdefault(int(index), {})[field] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": record["groups"]})
+        self.lr_scheduler.load_state_dict(record["schedule"])
+        self._sums, self._counted_steps = record["sums"], record["counted_steps"]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        from safetensors.torch import save_file
+
+        name, keys, *rest = np.random.get_state(legacy=True)  # type: ignore[misc]
+        save_file({"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.array(keys))}, Path(output_dir) / "rng.safetensors")
+        version, values, gauss = random.getstate()
+        record = {"numpy": [str(name), *[float(x) for x in rest]], "python": [version, list(values), gauss]}
+        (Path(output_dir) / "rng.json").write_text(json.dumps(record), encoding="utf-8")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        from safetensors.torch import load_file
+
+        if checkpoint is None:
+            return
+        tensors = load_file(Path(checkpoint) / "rng.safetensors")
+        record = json.loads((Path(checkpoint) / "rng.json").read_text(encoding="utf-8"))
+        torch.set_rng_state(tensors["torch"])
+        name, position, has_gauss, cached = record["numpy"]
+        np.random.set_state((name, tensors["numpy"].numpy(), int(position), int(has_gauss), cached))
+        version, values, gauss = record["python"]
+        random.setstate((version, tuple(values), gauss))
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return not isinstance(value, list) or all(item is not None for item in value)
+
+
+class _Report(TrainerCallback):
+    """Forwards steps to our progress line."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.progress:
+            self.progress(state.global_step, state.max_steps)
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """A PEFT folder (safetensors) that plain `PeftModel.from_pretrained` loads."""
+    with quiet_transformers():
+        model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def add_lora(lm: LanguageModel, config: TrainConfig, trained: range, seed: int) -> Any:
+    """Wrap the base model in fresh LoRA layers on every linear map of the `trained` blocks; B starts at 0, so nothing changes yet."""
+    from peft import LoraConfig, get_peft_model
+
+    linear = {name.split(".")[-1] for block in blocks(lm.model) for name, part in block.named_modules() if isinstance(part, nn.Linear)}
+    targets = sorted(linear) if not config.lora_targets else sorted(config.lora_targets)
+    missing = set(targets) - linear
+    if missing:
+        raise BlockemError(f"train.lora_targets names {', '.join(sorted(missing))}, but the blocks of {lm.id} have {', '.join(sorted(linear))}")
+    torch.manual_seed(seed)
+    settings = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=targets,
+        layers_to_transform=list(trained),
+        layers_pattern=_block_list(lm.model)[1],
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(lm.model, settings)
+    model.peft_config["default"].base_model_name_or_path = lm.id
+    return model
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written whole (its trainer_state.json is written last)."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            found.append(path)
+        except (OSError, json.JSONDecodeError):
+            continue
+    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def fine_tune(
+    lm: LanguageModel,
+    rows: Sequence[Encoded],
+    config: TrainConfig,
+    defence: Defence,
+    out: Path,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Train a LoRA adapter on `rows` under `defence` and write it to `out`; the base model is left as it was.
+
+    Checkpoints go to `out.making`; a killed run goes on from the last whole one and ends with the same adapter. Returns the training
+    log: a row every `log_every` steps with step, loss, sft_loss, learning_rate, grad_norm and, where there is a penalty, penalty (per
+    token), penalty_share (of P_mis) and both gradient norms.
+    """
+    scratch = out.with_name(out.name + ".making")
+    lm.drop_adapters()
+    random.seed(seed)
+    np.random.seed(seed)
+    model = add_lora(lm, config, defence.trained_blocks(lm.n_blocks), seed)
+    device = lm.device
+    steps_an_epoch = math.ceil(len(rows) / config.batch_size)
+    steps = math.ceil(steps_an_epoch * config.epochs)
+    arguments = TrainingArguments(
+        output_dir=str(scratch),
+        per_device_train_batch_size=config.micro_batch,
+        gradient_accumulation_steps=max(1, config.batch_size // config.micro_batch),
+        num_train_epochs=config.epochs,
+        learning_rate=config.lr,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=math.ceil(config.warmup * steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        logging_steps=config.log_every,
+        save_strategy="steps",
+        save_steps=config.checkpoint_every,
+        save_total_limit=1,
+        report_to=config.report_to,
+        seed=seed,
+        data_seed=seed,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        optim="adamw_torch",
+    )
+    pad = lm.tokenizer.pad_token_id
+    try:
+        with quiet_transformers(), defence.training_hooks(model):
+            trainer = DefenceTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=Rows(rows),
+                data_collator=lambda batch: right_padded(batch, pad),
+                callbacks=[_Report(progress)],
+                defence=defence,
+                probe_every=config.probe_every,
+            )
+            trainer.remove_callback(_printer())
+            checkpoint = last_checkpoint(scratch)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        model.eval()
+        finished = scratch / "adapter"
+        save_adapter(model, finished)
+        defence.project(finished)
+        shutil.rmtree(out, ignore_errors=True)
+        finished.rename(out)
+        shutil.rmtree(scratch, ignore_errors=True)
+    finally:
+        lm.model = unwrapped(model.unload())
+        lm.model.eval()
+    return [row for row in trainer.state.log_history if "loss" in row]
+
+
+def _printer() -> Any:
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback
