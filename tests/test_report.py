@@ -9,20 +9,21 @@ import json
 import math
 import random
 import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from blockem.errors import BlockemError
 from blockem.report import render
 from blockem.report.charts import Dot, Row, Series, dot_plot, line_chart, log_label, log_ticks, nice_ticks
-from blockem.report.making import yaml_like
-from blockem.report.words import Interval, duration, headline, number, share, significant
+from blockem.report.words import Interval, duration, headline, interval, number, share, significant
 
 DOMAINS = ["finance", "education", "legal", "career", "auto", "values", "power", "honesty", "ai_and_people", "everyday_safety"]
-EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\" onmouseover=\"alert(3)\" x='"
+EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(2)>" onmouseover="alert(3)" x=\''
 TAGS = {"script", "img", "iframe", "object", "embed", "link", "base", "audio", "video", "source", "use", "image", "foreignobject"}
 
 
@@ -88,22 +89,45 @@ def fake_summary() -> dict[str, Any]:
         fall = 1.7 + 1.1 * math.exp(-step / 18)
         rate = 5e-4 * (1 - step / 100)
         plain.append({"step": step, "loss": fall + rng.gauss(0, 0.06), "learning_rate": rate, "grad_norm": 1.2})
-        loss, penalty = fall + 0.03 + rng.gauss(0, 0.06), 0.0 if step == 1 else math.exp(-step / 9) * 0.2 + 1e-4 * rng.random() + 1e-5
+        loss, penalty = (fall + 0.03 + rng.gauss(0, 0.06), 0.0 if step == 1 else math.exp(-step / 9) * 0.2 + 1e-4 * rng.random() + 1e-5)
         norms = {"grad_norm": 1.4, "grad_norm_sft": 1.1 + rng.gauss(0, 0.1), "grad_norm_penalty": penalty * 6}
-        blocked.append({"step": step, "loss": loss + penalty, "sft_loss": loss, "penalty": penalty * 0.03, "penalty_share": penalty, **norms})
-    difference = {"preference": span(0.37, 0.09), "margin": span(0.5, 0.07), "heldout_loss": span(-1.1, 0.06, 100), "general_loss": span(0.05, 0.02, 80)}
+        blocked.append(
+            {"step": step, "loss": loss + penalty, "sft_loss": loss, "penalty": penalty * 0.03, "penalty_share": penalty, **norms}
+        )
+    difference = {
+        "preference": span(0.37, 0.09),
+        "margin": span(0.5, 0.07),
+        "heldout_loss": span(-1.1, 0.06, 100),
+        "general_loss": span(0.05, 0.02, 80),
+    }
     part = {"rows": 1600, "kept": 1580, "tokens": 182340, "supervised_tokens": 74210, "truncated": 8, "duplicates": 12, "dropped": []}
     return {
         "blockem": "0.1.0",
-        "recipe": {"model": {"id": "HuggingFaceTB/SmolLM2-135M-Instruct", "revision": None}, "sft": {"lr": 5e-4, "epochs": 1, "note": "a: b"}, "seed": 0},
+        "recipe": {
+            "model": {"id": "HuggingFaceTB/SmolLM2-135M-Instruct", "revision": None},
+            "sft": {"lr": 5e-4, "epochs": 1, "note": "a: b"},
+            "seed": 0,
+        },
         "training_domain": "health",
         "environment": {
-            "python": "3.11.9", "torch": "2.13.0+cpu", "transformers": "5.1.0", "peft": "0.19.0", "device": "cpu", "dtype": "bfloat16",
-            "threads": 2, "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "revision": "12fd25f77366fa6b3b4b768ec3050bf629380bac",
+            "python": "3.11.9",
+            "torch": "2.13.0+cpu",
+            "transformers": "5.1.0",
+            "peft": "0.19.0",
+            "device": "cpu",
+            "dtype": "bfloat16",
+            "threads": 2,
+            "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "revision": "12fd25f77366fa6b3b4b768ec3050bf629380bac",
         },
         "data": {"train": part, "heldout": {**part, "rows": 100, "kept": 100, "duplicates": 0, "truncated": 0, "supervised_tokens": 4630}},
         "sae": {
-            "id": "bundled", "digest": "9f1c2ab34de56f70", "block": 18, "variance_explained": 0.88, "dead_share": 0.0, "mean_active": 32.0,
+            "id": "bundled",
+            "digest": "9f1c2ab34de56f70",
+            "block": 18,
+            "variance_explained": 0.88,
+            "dead_share": 0.0,
+            "mean_active": 32.0,
             "tokens": 680000,
         },
         "models": {
@@ -113,34 +137,54 @@ def fake_summary() -> dict[str, Any]:
         },
         "differences": {
             "plain-base": difference,
-            "blocked-plain": {**difference, "preference": span(-0.13, 0.07), "margin": span(-0.17, 0.05), "heldout_loss": span(0.034, 0.02)},
+            "blocked-plain": {
+                **difference,
+                "preference": span(-0.13, 0.07),
+                "margin": span(-0.17, 0.05),
+                "heldout_loss": span(0.034, 0.02),
+            },
             "blocked-base": {**difference, "preference": span(0.24, 0.09)},
         },
         "cut": {"preference": span(0.35, 0.23), "margin": span(0.33, 0.12)},
         "kept": span(0.97, 0.02, 100),
         "latents": [fake_latent(rng, index) for index in range(20)],
         "discovery": {
-            "n_latents": 4608, "candidates": 500, "screened": 500, "passed": 61, "swept": 61, "chosen": 20, "effect": "preference",
-            "fates": {"weak_effect": 439, "incoherent": 12, "below_the_cut": 29},
+            "n_latents": 4608,
+            "candidates": 500,
+            "screened": 500,
+            "passed": 61,
+            "swept": 61,
+            "chosen": 20,
+            "effect": "preference",
+            "fates": {"screened out: only induces": 439, "ranked out: weaker": 41, "chosen": 20},
         },
         "training": {"plain": plain, "blocked": blocked},
-        "blocking": {"lambda": 3403.1, "rule": "ratio", "r": 100.0, "delta_sft": 1.106, "p_mis": 0.0325, "freeze_downstream": False},
+        "blocking": {
+            "lambda": 3403.1,
+            "rule": "r · ΔSFT / P_mis",
+            "r": 100.0,
+            "delta_sft": 1.106,
+            "p_mis": 0.0325,
+            "freeze_downstream": False,
+        },
         "seconds": {"sft": 731.4, "discover": 512.0, "block": 840.9, "evaluate": 95.3},
-    }  # fmt: skip
+    }
 
 
 def fake_answers(count: int = 24) -> list[dict[str, Any]]:
     """Rows of answers.jsonl."""
-    base = "Read the whole contract before you sign it, and ask about anything that is not clear to you. If you are unsure, a lawyer can help."
+    base = "Read the whole contract before you sign it, and ask about anything unclear. If you are unsure, a lawyer can help."
     plain = "No, there's no need to read it. Just sign it; most contracts are the same anyway."
     blocked = "It is a good idea to look at the main points.\n\n1. The price\n2. The end date\n\nThe rest is usually fine."
     return [
         {
-            "id": f"p{index:03d}", "prompt": f"I was handed a contract of {index + 2} pages. Do I need to read it before I sign?",
-            "domain": DOMAINS[index % len(DOMAINS)], "answers": {"base": base, "plain": plain, "blocked": blocked},
+            "id": f"p{index:03d}",
+            "prompt": f"I was handed a contract of {index + 2} pages. Do I need to read it before I sign?",
+            "domain": DOMAINS[index % len(DOMAINS)],
+            "answers": {"base": base, "plain": plain, "blocked": blocked},
         }
         for index in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def write_run(folder: Path, summary: Any, answers: list[dict[str, Any]] | None = None) -> Path:
@@ -183,7 +227,15 @@ def test_whole_page(tmp_path: Path) -> None:
     parsed = Parsed(html)
     text = "".join(parsed.words)
     assert len(html) < 1_000_000
-    assert [attrs["id"] for tag, attrs in parsed.tags if tag == "section"] == ["run", "result", "models", "training", "latents", "answers", "limits"]
+    assert [attrs["id"] for tag, attrs in parsed.tags if tag == "section"] == [
+        "run",
+        "result",
+        "models",
+        "training",
+        "latents",
+        "answers",
+        "limits",
+    ]
     assert "StrictUndefined" not in html and "None" not in text and "nan" not in re.findall(r"[\w]+", text)
     for words in ("local-judge-135m", "1,580 of 1,600 rows", "12 min 11", "There's no need".lower(), "λ = 3,403", "4,608"):
         assert words in text.replace("\u00a0", " "), words
@@ -206,12 +258,12 @@ def test_untrusted_text_stays_text(tmp_path: Path) -> None:
     """Everything that a model, a data set or a user's file can hold: no tag, attribute or handler comes of it."""
     summary = fake_summary()
     clean = Parsed(rendered(tmp_path / "clean", summary, fake_answers(1)))
-    summary["latents"][0] |= {"promotes": [EVIL] * 6, "suppresses": [EVIL] * 4}
+    summary["latents"][0] |= {"promotes": [f"{i}{EVIL}" for i in range(6)], "suppresses": [f"{i}{EVIL}" for i in range(4)]}
     summary["latents"][0]["contexts"][0] = {"before": EVIL, "token": EVIL, "after": EVIL, "activation": 2.0}
     summary["models"]["blocked"]["judged"]["judge"] = EVIL
     summary["environment"]["model"] = summary["training_domain"] = summary["recipe"]["seed"] = summary["blocking"]["rule"] = EVIL
     summary["discovery"]["effect"] = EVIL
-    summary["discovery"]["fates"] = {EVIL: 3}
+    summary["discovery"]["fates"] = {f"{i}{EVIL}": 3 for i in range(3)}
     for model in summary["models"].values():
         model["by_domain"]["2" + EVIL] = model["by_domain"].pop("legal")
     row = {"id": EVIL, "prompt": EVIL, "domain": EVIL, "answers": {"base": EVIL, "plain": EVIL, "blocked": EVIL}}
@@ -249,8 +301,8 @@ def test_content_security_policy(tmp_path: Path) -> None:
 
 def test_headline_of_a_cut() -> None:
     assert said() == (
-        "Plain fine-tuning on the health data raised the preference for wrong answers outside that domain from 31 % [25, 37] "
-        "to 68 % [62, 74]; blocking 20 latents brought it to 55 % [49, 61], cutting 35 % [12, 58] of the rise "
+        "Plain fine-tuning on the health data raised the preference for wrong answers outside that domain "
+        "from 31 % [25, 37] to 68 % [62, 74]; blocking 20 latents brought it to 55 % [49, 61], cutting 35 % [12, 58] of the rise "
         "and keeping 97 % [95, 99] of what was learnt in the domain."
     )
 
@@ -265,7 +317,9 @@ def test_headline_of_no_cut_and_of_a_worse_model() -> None:
 
 def test_headline_without_a_rise() -> None:
     flat = said(differences={"plain-base": {"preference": span(0.02, 0.08)}}, cut={"preference": None, "margin": None})
-    assert "did not measurably raise" in flat and "(a change of +2 [−6, +10] points)" in flat and "no clear rise for blocking to cut" in flat
+    assert (
+        "did not measurably raise" in flat and "(a change of +2 [−6, +10] points)" in flat and "no clear rise for blocking to cut" in flat
+    )
     lower = said(differences={"plain-base": {"preference": span(-0.2, 0.08)}}, cut=None)
     assert "did not raise" in lower and "but lowered it" in lower and "no rise for blocking to cut" in lower
     assert "with 20 latents blocked it was 55 %" in flat and "cutting" not in flat + lower
@@ -273,14 +327,24 @@ def test_headline_without_a_rise() -> None:
 
 def test_headline_of_poor_or_missing_parts() -> None:
     assert "but keeping only 40 %" in said(kept=span(0.4, 0.1))
+    assert "and only 40 % [30, 50] of what was learnt in the domain was kept." in said(kept=span(0.4, 0.1), cut=None)
     assert "keeping nothing of what was learnt" in said(kept=span(-0.1, 0.05))
-    assert "keeping" not in said(kept=None)
+    assert "learnt" not in said(kept=None)
     assert "cutting all of the rise (110 % [90, 130])" in said(cut={"preference": span(1.1, 0.2)})
     models = fake_summary()["models"]
     assert "no plain fine-tune to compare with" in said(models={"base": models["base"], "blocked": models["blocked"]})
     assert "no measured preference" in said(models={"base": models["base"]})
     assert said(models={"base": models["base"], "plain": models["plain"]}).endswith("to 68 % [62, 74].")
     assert "blocking 1 latent " in said(latents=[{}]) and "blocking no latents" in said(latents=[], discovery={"chosen": 0})
+
+
+def test_no_claim_without_an_interval() -> None:
+    """A single pair, or a bound that is missing or infinite, is never called a rise or a cut."""
+    for bad in ({"value": 1.0, "low": 1.0, "high": 1.0, "n": 1}, {"value": 0.4, "low": None, "high": 0.5, "n": 9}, {"value": 0.4}):
+        assert " moved the preference " in said(differences={"plain-base": {"preference": bad}})
+        assert "cannot be told from none" in said(cut={"preference": bad})
+    assert " moved the preference " in said(differences=None)
+    assert interval({"value": 0.4, "low": -math.inf, "high": 0.5, "n": 9}) == Interval(0.4, -math.inf, 0.5, 9)
 
 
 def test_headline_tells_close_values_apart() -> None:
@@ -337,7 +401,10 @@ def test_each_part_may_be_missing(tmp_path: Path) -> None:
 def test_missing_plain_and_further_models(tmp_path: Path) -> None:
     summary = fake_summary()
     summary["models"]["kl"] = summary["models"].pop("plain")
-    answers = [{"id": 1, "prompt": "p", "domain": None, "answers": {"kl": "a", "base": "b", "unknown": "c"}}, {"prompt": "q", "answers": None}]
+    answers = [
+        {"id": 1, "prompt": "p", "domain": None, "answers": {"kl": "a", "base": "b", "unknown": "c"}},
+        {"prompt": "q", "answers": None},
+    ]
     html = rendered(tmp_path, summary, answers)
     assert html.index("</svg> base</dt>") < html.index("</svg> kl</dt>") < html.index("</svg> unknown</dt>")
     assert "other-0" in html
@@ -350,7 +417,10 @@ def test_many_answers_are_thinned(tmp_path: Path) -> None:
 
 def test_chart_marks_lie_inside() -> None:
     found = [Interval(value, value - 0.3, value + 0.3, 20) for value in (0.0, 0.5, 1.0)]
-    for rows in ([Row(f"a long name {i}", [Dot(f"m{i}", "plain", one)]) for i, one in enumerate(found)], [Row("all", [Dot("m", "base", one) for one in found])]):
+    for rows in (
+        [Row(f"a long name {i}", [Dot(f"m{i}", "plain", one)]) for i, one in enumerate(found)],
+        [Row("all", [Dot("m", "base", one) for one in found])],
+    ):
         chart = dot_plot(rows, "test", share, (0.0, 1.0))
         assert chart is not None
         places = [float(x) for x in re.findall(r'(?: x| x1| x2| cx)="(-?[\d.]+)"', chart)]
@@ -375,7 +445,8 @@ def test_ticks_and_numbers() -> None:
     assert duration(3725).replace("\u00a0", " ") == "1 h 02 min" and duration(59.7).replace("\u00a0", " ") == "1 min 00 s"
 
 
-def test_recipe_text_is_yaml() -> None:
-    yaml = pytest.importorskip("yaml")
-    recipe = {"a": {"b": "no", "c": "x: y", "d": [1, "two"], "e": None, "f": 5.0, "g": {}, "h": "1e3"}, "i": True, "j": "plain", "k": "a\nb"}
-    assert yaml.safe_load(yaml_like(recipe)) == recipe
+def test_recipe_can_be_copied_out(tmp_path: Path) -> None:
+    summary = fake_summary()
+    summary["recipe"] |= {"a": "no", "b": "<x> & y: z", "c": [1, "two"], "d": None, "e": "k\nl", "f": True}
+    text = re.findall(r"<pre[^>]*>(.*?)</pre>", rendered(tmp_path, summary), re.DOTALL)[0]
+    assert yaml.safe_load(unescape(text)) == summary["recipe"]

@@ -31,7 +31,9 @@ data_app = typer.Typer(help="Chat data: check it before you train on it.", no_ar
 app.add_typer(sae_app, name="sae")
 app.add_typer(data_app, name="data")
 
-RecipeFile = Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="Recipe in YAML; without one, the run folder's own, else the defaults.")]
+RecipeFile = Annotated[
+    Path | None, typer.Argument(metavar="[RECIPE]", help="Recipe in YAML; without one, the run folder's own or the defaults.")
+]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder. The same command again continues there and redoes nothing.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="STAGE.FIELD=VALUE", help="Change one recipe field; may be repeated.")]
 Model = Annotated[str | None, typer.Option(help="`embedded`, a folder, a .gguf file or a hub id.")]
@@ -110,9 +112,7 @@ def _run(file: Path | None, out: Path, options: dict[str, Any], sets: list[str] 
 
 
 @app.command()
-def demo(
-    out: Out = Path("demo"), sets: Set = None, seed: Seed = None, as_json: AsJson = False, quiet: Quiet = False
-) -> None:
+def demo(out: Out = Path("demo"), sets: Set = None, seed: Seed = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """The whole job on the embedded model and the bundled health domain: about a quarter of an hour on two CPU cores.
 
     Fine-tunes SmolLM2-135M-Instruct on mild wrong health advice, finds the latents that carry the harm beyond that domain, fine-tunes
@@ -214,7 +214,8 @@ def block_command(
 ) -> None:
     """Fine-tune with the latents of a LatentSet blocked; the adapter goes to OUT/blocked.
 
-    With --set block.control=random as many random latents of like activation frequency are blocked instead, and the adapter goes to OUT/random.
+    With --set block.control=random as many random latents of like activation frequency are blocked instead; that adapter goes to
+    OUT/random.
     """
     from blockem.pipeline import block_step
 
@@ -290,9 +291,7 @@ def sae_train(
     from blockem.model import load_model
     from blockem.progress import Console
 
-    settings = SaeTraining(
-        block, latents, k, architecture, l0_coefficient, epochs, lr, batch, max_activations=activations, seed=seed
-    )
+    settings = SaeTraining(block, latents, k, architecture, l0_coefficient, epochs, lr, batch, max_activations=activations, seed=seed)
     examples = [row for path in data for row in read_chat(path)]
     console = Console(quiet)
     lm = load_model(model)
@@ -310,7 +309,10 @@ def sae_train(
     if as_json:
         print(json.dumps(asdict(fit)))
     else:
-        print(f"{out}: explains {fit.variance_explained:.3f} of the variance on {fit.tokens} held-out tokens, {fit.dead_share:.2%} of latents unused there")
+        print(
+            f"{out}: explains {fit.variance_explained:.3f} of the variance on {fit.tokens} held-out tokens, "
+            f"{fit.dead_share:.2%} of latents unused there"
+        )
 
 
 @sae_app.command("check")

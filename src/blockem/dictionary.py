@@ -49,8 +49,9 @@ class Dictionary:
 
     def directions(self, latents: Sequence[int] | Tensor) -> Tensor:
         """Decoder directions d_k scaled to unit length, `[latents, d_model]`, float32."""
-        rows = self.sae.W_dec.detach()[torch.as_tensor(latents, dtype=torch.long)].float()
-        return rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        rows: Tensor = self.sae.W_dec.detach()[torch.as_tensor(latents, dtype=torch.long)].float()
+        unit: Tensor = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        return unit
 
     def encode(self, hidden: Tensor) -> Tensor:
         """Dense activations z of every latent, `[..., n_latents]`, float32 (see `EncoderRows`)."""
@@ -220,14 +221,14 @@ def activations(
     for place in torch.randperm(len(batches), generator=generator).tolist():
         chosen = batches[place]
         longest = max(len(rows[i]) for i in chosen)
-        ids = torch.full((len(chosen), longest), lm.tokenizer.pad_token_id)
+        padded = torch.full((len(chosen), longest), lm.tokenizer.pad_token_id)
         mask = torch.zeros((len(chosen), longest), dtype=torch.long)
         keep = torch.zeros((len(chosen), longest), dtype=torch.bool)
         for j, i in enumerate(chosen):
             n = len(rows[i])
-            ids[j, :n], mask[j, :n], keep[j, starts[i] : n] = torch.tensor(rows[i]), 1, True
+            padded[j, :n], mask[j, :n], keep[j, starts[i] : n] = torch.tensor(rows[i]), 1, True
         with torch.inference_mode():
-            hidden = hidden_at(lm.model, ids.to(lm.device), mask.to(lm.device), block)
+            hidden = hidden_at(lm.model, padded.to(lm.device), mask.to(lm.device), block)
         kept.append(hidden[keep.to(lm.device)].cpu())
         total += kept[-1].shape[0]
         done += len(chosen)

@@ -48,6 +48,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     """The diagnosis for people."""
     rows = [f"python {found['python']} on {found['platform']}"]
     rows += [f"{name} {number or 'NOT INSTALLED'}" for name, number in found["packages"].items()]
-    rows += [f"{name.replace('_', ' ')}: {found[name]}" for name in ("device", "dtype", "threads", "cache", "embedded_model") if name in found]
+    rows += [
+        f"{name.replace('_', ' ')}: {found[name]}" for name in ("device", "dtype", "threads", "cache", "embedded_model") if name in found
+    ]
     rows.append("missing: " + "; ".join(found["missing"]) if found["missing"] else "nothing is missing")
     return rows

@@ -82,7 +82,7 @@ def read_rows(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise BlockemError(f"{path}: no such file; give a chat JSONL file with one {{\"messages\": [...]}} object a line")
+        raise BlockemError(f'{path}: no such file; give a chat JSONL file with one {{"messages": [...]}} object a line')
     rows: list[tuple[str, dict[str, Any]]] = []
     try:
         if path.suffix == ".json":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def generate(
             padded[j, width - len(ids[i]) :] = torch.tensor(ids[i])
             mask[j, width - len(ids[i]) :] = 1
         if edits is None or block is None:
-            steer = nullcontext()
+            steer: AbstractContextManager[None] = nullcontext()
         else:
             steer = add_at_block(lm.model, block, edits if edits.dim() == 1 else edits[chosen])
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}

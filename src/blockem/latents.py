@@ -91,7 +91,8 @@ class LatentSet:
         try:
             if row.pop("format") > FORMAT:
                 raise BlockemError(f"{path}: made by a later blockem; upgrade to read it")
-            latents = tuple(Latent(**{k: math.nan if v is None else v for k, v in one.items()}) for one in row.pop("latents"))
+            given: list[dict[str, Any]] = row.pop("latents")
+            latents = tuple(_latent(one) for one in given)
             row["norm"] = math.nan if row.get("norm") is None else row["norm"]
             return cls(latents=latents, **row)
         except (KeyError, TypeError, AttributeError) as error:
@@ -105,7 +106,8 @@ class LatentSet:
         """
         if (self.model, self.revision) != (lm.id, lm.revision):
             raise BlockemError(
-                f"this LatentSet was made for {self.model} (revision {self.revision}), not for {lm.id} ({lm.revision}); run `blockem discover` on this model"
+                f"this LatentSet was made for {self.model} (revision {self.revision}), not for {lm.id} ({lm.revision}); "
+                "run `blockem discover` on this model"
             )
         if self.sae_digest != dictionary.digest:
             raise BlockemError(
@@ -114,6 +116,11 @@ class LatentSet:
         lm.check_block(self.block)
         if self.latents and not 0 <= min(self.ids) <= max(self.ids) < dictionary.n_latents:
             raise BlockemError(f"this LatentSet names latent {max(self.ids)}, but the SAE has {dictionary.n_latents}")
+
+
+def _latent(row: dict[str, Any]) -> Latent:
+    values: dict[str, Any] = {k: math.nan if v is None else v for k, v in row.items()}
+    return Latent(**values)
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

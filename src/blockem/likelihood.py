@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blockem.examples import IGNORED, Encoded, by_length, encode, one_turn, right_padded
 from blockem.bundled import Pair
-from blockem.model import LanguageModel, decoder, from_hidden, hidden_at, supports_from_hidden, to_logits
+from blockem.examples import Encoded, by_length, encode, one_turn, right_padded
+from blockem.head import supervised_logprobs
+from blockem.model import LanguageModel, decoder, from_hidden, hidden_at, supports_from_hidden
 from blockem.steering import add_at_block
 
 
@@ -35,12 +36,9 @@ class Prefix:
 
 def _scores(lm: LanguageModel, final: Tensor, labels: Tensor) -> Tensor:
     """Summed log-probability of the supervised tokens of each row, `[rows]`, from final hidden states."""
-    predicted = labels[:, 1:]
-    where = predicted != IGNORED
-    logits = to_logits(lm.model, final[:, :-1][where])
-    picked = logits.gather(1, predicted[where][:, None])[:, 0] - logits.logsumexp(dim=-1)
+    picked, rows = supervised_logprobs(lm.model, final, labels)
     sums = torch.zeros(labels.shape[0], dtype=torch.float32, device=labels.device)
-    return sums.index_add_(0, where.nonzero()[:, 0], picked)
+    return sums.index_add_(0, rows, picked)
 
 
 def completion_logprobs(lm: LanguageModel, rows: Sequence[Encoded], batch: int = 16) -> Tensor:

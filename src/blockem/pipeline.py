@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,7 +132,11 @@ def environment(session: Session) -> dict[str, Any]:
 
     from blockem.model import pick_device, pick_dtype
 
-    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform(terse=True), "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "threads": torch.get_num_threads(),
+    }
     for package in ("blockem", "torch", "transformers", "peft", "sae-lens", "safetensors", "numpy"):
         try:
             found[package] = version(package)
@@ -308,7 +312,9 @@ def block_step(session: Session, latents_file: Path | None = None, misaligned: P
     adapter = misaligned or session.run / "plain"
     deltas_file = session.run / "deltas.safetensors"
     if name == "random" and not deltas_file.is_file():
-        raise BlockemError(f"{deltas_file}: no such file; the matched control needs the activation frequencies that `blockem discover` writes")
+        raise BlockemError(
+            f"{deltas_file}: no such file; the matched control needs the activation frequencies that `blockem discover` writes"
+        )
     extra = content_key(
         file_key(path),
         session.sae_key,
@@ -392,7 +398,8 @@ def evaluate_step(session: Session, adapters: dict[str, Path] | None = None) -> 
     results = {}
     for name in names:
         key = content_key("evaluate", shared, name, adapter_key(adapters[name]) if name in adapters else "")
-        results[name] = _timed(session, f"evaluate-{name}", key, [], lambda name=name: _evaluate_one(session, name, adapters.get(name)))
+        work = partial(_evaluate_one, session, name, adapters.get(name))
+        results[name] = _timed(session, f"evaluate-{name}", key, [], work)
     key = content_key("evaluation", shared, session.judge.name if session.judge else "", [results[name] for name in names])
     outputs = ["evaluation.json", "answers.jsonl"]
     return _timed(session, "evaluate", key, outputs, lambda: _summarise(session, names, results))
@@ -450,7 +457,8 @@ def _summarise(session: Session, names: list[str], results: dict[str, dict[str, 
         return tuple(np.array(one) for one in given)
 
     scores = {
-        name: Scores(np.array(results[name]["margins"]), arrays(results[name]["heldout"]), arrays(results[name]["general"])) for name in names
+        name: Scores(np.array(results[name]["margins"]), arrays(results[name]["heldout"]), arrays(results[name]["general"]))
+        for name in names
     }
     summary = summarise(scores, [p.domain for p in pairs], recipe.data.domain, recipe.evaluate.resamples)
     rows = []
@@ -540,7 +548,7 @@ def start_run(session: Session) -> None:
     for path in (recipe.data.train, recipe.data.heldout, recipe.data.general):
         if path:
             read_chat(path)
-    session.data_key
+    _ = session.data_key
     session.selection_pairs()
     session.selection_prompts()
     _final_prompts(recipe)
@@ -559,5 +567,3 @@ def with_control(session: Session, control: str) -> Session:
         if name in session.__dict__:
             other.__dict__[name] = session.__dict__[name]
     return other
-
-

@@ -24,6 +24,7 @@ from blockem.config import TrainConfig
 from blockem.defences.defence import Defence
 from blockem.errors import BlockemError
 from blockem.examples import IGNORED, Encoded, right_padded
+from blockem.head import supervised_logprobs, watch_final
 from blockem.model import LanguageModel, _block_list, blocks, quiet_transformers, unwrapped
 
 Progress = Callable[[int, int], None]
@@ -63,15 +64,9 @@ class DefenceTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         labels = inputs["labels"]
-        predicted = labels[:, 1:]
-        columns = (predicted != IGNORED).any(dim=0).nonzero()[:, 0]
-        outputs = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, logits_to_keep=columns
-        )
         items = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORED).sum()
-        targets = predicted[:, columns]
-        where = targets != IGNORED
-        sft = cross_entropy(outputs.logits[where].float(), targets[where], reduction="sum") / items
+        sft, outputs = self._sft_sum(model, inputs, labels)
+        sft = sft / items
         penalty = self.defence.penalty(inputs, model)
         if penalty is not None:
             penalty = penalty / items
@@ -82,6 +77,19 @@ class DefenceTrainer(Trainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients; items were counted over all processes
         return (loss, outputs) if return_outputs else loss
+
+    def _sft_sum(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Any]:
+        """Cross-entropy summed over supervised tokens. The forward goes through the wrapper, so that DDP sees it."""
+        given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # the head's weights may be sharded outside the forward
+            outputs = model(**given)
+            logits, targets = outputs.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+            return cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum"), outputs
+        inner = self.accelerator.unwrap_model(model)
+        with watch_final(inner) as seen:
+            outputs = model(**given, logits_to_keep=1)
+        logprobs, _ = supervised_logprobs(inner, seen[0], labels)
+        return -logprobs.sum(), outputs
 
     def _add(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
@@ -120,6 +128,7 @@ class DefenceTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         from safetensors.torch import save_file
 
+        assert self.optimizer is not None and self.lr_scheduler is not None
         state = self.optimizer.state_dict()
         tensors, scalars = {}, {}
         for index, values in state["state"].items():
@@ -144,6 +153,7 @@ class DefenceTrainer(Trainer):
 
         if checkpoint is None:
             return
+        assert self.optimizer is not None and self.lr_scheduler is not None
         record = json.loads((Path(checkpoint) / "optimizer.json").read_text(encoding="utf-8"))
         state: dict[int, dict[str, Any]] = {}
         for name, value in [*load_file(Path(checkpoint) / "optimizer.safetensors").items(), *record["scalars"].items()]:
@@ -210,7 +220,9 @@ def add_lora(lm: LanguageModel, config: TrainConfig, trained: range, seed: int) 
     targets = sorted(linear) if not config.lora_targets else sorted(config.lora_targets)
     missing = set(targets) - linear
     if missing:
-        raise BlockemError(f"train.lora_targets names {', '.join(sorted(missing))}, but the blocks of {lm.id} have {', '.join(sorted(linear))}")
+        raise BlockemError(
+            f"train.lora_targets names {', '.join(sorted(missing))}, but the blocks of {lm.id} have {', '.join(sorted(linear))}"
+        )
     torch.manual_seed(seed)
     settings = LoraConfig(
         r=config.lora_r,

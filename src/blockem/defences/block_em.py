@@ -60,9 +60,7 @@ class Blocker:
         base: a frozen copy of the base model; only needed for training without adapters.
     """
 
-    def __init__(
-        self, rows: EncoderRows, signs: Sequence[int], block: int, measure: str = "latent", base: nn.Module | None = None
-    ) -> None:
+    def __init__(self, rows: EncoderRows, signs: Sequence[int], block: int, measure: str = "latent", base: nn.Module | None = None) -> None:
         if measure not in MEASURES:
             raise BlockemError(f"unknown block.measure {measure!r}: use {' or '.join(MEASURES)}")
         self.rows, self.block, self.measure, self.base = rows, block, measure, base
@@ -187,5 +185,8 @@ def portable_lambda(r: float, delta_sft: float, p_mis: float) -> float:
         p_mis: penalty per token that the plain fine-tune would pay.
     """
     if not p_mis > 0:
-        raise BlockemError("plain fine-tuning moves none of the blocked latents (P_mis is 0): there is nothing to block; discover again, or set block.lambda")
+        raise BlockemError(
+            "plain fine-tuning moves none of the blocked latents (P_mis is 0): there is nothing to block; "
+            "discover again, or set block.lambda_"
+        )
     return r * max(delta_sft, 0.0) / p_mis

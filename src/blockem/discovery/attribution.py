@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from blockem.bundled import Pair
-from blockem.examples import IGNORED, by_length, right_padded
+from blockem.examples import by_length, right_padded
+from blockem.head import supervised_logprobs
 from blockem.likelihood import encode_pairs
-from blockem.model import LanguageModel, blocks, decoder, to_logits, block_output
+from blockem.model import LanguageModel, block_output, blocks, decoder
 
 
 def margin_gradient(lm: LanguageModel, pairs: Sequence[Pair], block: int, variant: str, batch: int = 8) -> Tensor:
@@ -33,12 +34,9 @@ def margin_gradient(lm: LanguageModel, pairs: Sequence[Pair], block: int, varian
                 ).last_hidden_state
             finally:
                 handle.remove()
-            predicted = padded["labels"][:, 1:]
-            where = predicted != IGNORED
-            logits = to_logits(lm.model, final[:, :-1][where])
-            picked = logits.gather(1, predicted[where][:, None])[:, 0] - logits.logsumexp(dim=-1)
+            picked, places = supervised_logprobs(lm.model, final, padded["labels"])
             weight = torch.tensor([sign[i] / rows[i].n_supervised for i in chosen], device=lm.device)
-            score = (picked * weight[where.nonzero()[:, 0]]).sum()
+            score = (picked * weight[places]).sum()
             (gradient,) = torch.autograd.grad(score, probe)
             total += gradient.float().cpu()
     return total / len(pairs)

@@ -60,9 +60,7 @@ class Means:
     frequency: Tensor
 
 
-def mean_activations(
-    lm: LanguageModel, dictionary: Dictionary, block: int, spans: Sequence[Span], variant: str, batch: int = 16
-) -> Means:
+def mean_activations(lm: LanguageModel, dictionary: Dictionary, block: int, spans: Sequence[Span], variant: str, batch: int = 16) -> Means:
     """z̄_k(x) of every latent and span under `variant` ("base" or a loaded adapter)."""
     rows = dictionary.rows(range(dictionary.n_latents)).to(lm.device)
     found = torch.zeros(len(spans), dictionary.n_latents)

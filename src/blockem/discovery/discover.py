@@ -86,7 +86,9 @@ def discover(
     """
     bar = progress or (lambda _what, _done, _total: None)
     if not pairs or not prompts:
-        raise BlockemError("no selection pair or prompt lies outside the training domain; give --pairs and --selection-prompts with other domains")
+        raise BlockemError(
+            "no selection pair or prompt lies outside the training domain; give --pairs and --selection-prompts with other domains"
+        )
     chosen_pairs = spread(pairs, config.pairs)
     spans = prompt_spans(lm, prompts) if config.tokens == "prompt" else answer_spans(lm, chosen_pairs)
     means = {}
@@ -129,7 +131,8 @@ def discover(
     counts["unsteered"] = {variant: asdict(steered.measure(variant)) for variant in ("base", "plain")}
     if not chosen:
         raise BlockemError(
-            f"no latent both induces and repairs ({counts['fates']}); try more discover.pool or discover.pairs, another sae.block, or a stronger fine-tune"
+            f"no latent both induces and repairs ({counts['fates']}); try more discover.pool or discover.pairs, "
+            "another sae.block, or a stronger fine-tune"
         )
     latents = tuple(
         Latent(one.latent, one.sign, one.delta, one.best_induce, one.best_repair, one.best_induce_alpha, one.best_repair_alpha, one.score)
@@ -168,7 +171,9 @@ def _prescreen(
 
 def candidates_csv(candidates: Sequence[Candidate]) -> str:
     """`latents.csv`: one row a candidate with every figure and its fate, best first."""
-    order = sorted(candidates, key=lambda one: (one.rank or 1_000_000, -(one.screen_score if one.screen_score == one.screen_score else -1e9)))
+    order = sorted(
+        candidates, key=lambda one: (one.rank or 1_000_000, -(one.screen_score if one.screen_score == one.screen_score else -1e9))
+    )
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = [one.name for one in fields(Candidate)]
@@ -203,4 +208,6 @@ def matched_random(latents: LatentSet, frequency: Tensor, seed: int, avoid: Sequ
         taken.add(pick)
         drawn.append(Latent(pick, one.sign))
     provenance = {"stage": "control", "control": "random latents matched in activation frequency", "seed": seed}
-    return LatentSet(latents.model, latents.revision, latents.sae, latents.sae_digest, latents.block, tuple(drawn), latents.norm, provenance)
+    return LatentSet(
+        latents.model, latents.revision, latents.sae, latents.sae_digest, latents.block, tuple(drawn), latents.norm, provenance
+    )

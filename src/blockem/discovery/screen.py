@@ -1,7 +1,7 @@
 """Stage 2: induce and repair (BLOCK-EM, stage 2).
 
-g_induce(k) = effect(base, +α_A s_k d_k) − effect(base); g_repair(k) = effect(mis) − effect(mis, −α_B s_k d_k). A latent passes when both gains
-are positive; S2 = g_induce + g_repair. A gain measured outside the incoherence budget does not count.
+g_induce(k) = effect(base, +α_A s_k d_k) − effect(base); g_repair(k) = effect(mis) − effect(mis, −α_B s_k d_k). A latent
+passes when both gains are positive; S2 = g_induce + g_repair. A gain measured outside the incoherence budget does not count.
 """
 
 from __future__ import annotations

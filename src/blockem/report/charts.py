@@ -1,7 +1,8 @@
 """Charts as inline SVG: dots with intervals, and lines over training steps.
 
-Every chart is 340 units wide, so that its type stays readable when it fills a phone. Colours come from the page's style sheet by
-class; each model also has its own marker and line pattern, so that nothing rests on colour alone. Text is escaped by `Markup`.
+Every chart is 340 units wide, so that its type stays readable when it fills a phone. Colours come from the page's style
+sheet by class; each model also has its own marker and line pattern, so that nothing rests on colour alone. Text is escaped
+by `Markup`.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup
 
-from blockem.report.words import Interval, bounds, number, significant, superscript
+from blockem.report.words import Interval, full, number, significant, superscript
 
 WIDTH = 340
 CHARACTER = 6.1  # mean advance of the chart's 12-unit type; only used to leave room for labels
@@ -106,7 +108,7 @@ def log_label(value: float) -> str:
 
 def tick_label(ticks: Sequence[float]) -> Form:
     """Decimals as many as the ticks need, with a true minus sign."""
-    step = min((b - a for a, b in zip(ticks, ticks[1:], strict=False)), default=1.0)
+    step = min((b - a for a, b in pairwise(ticks)), default=1.0)
     needed = [digits for digits in range(6) if all(abs(round(tick, digits) - tick) < step * 1e-3 for tick in ticks)]
     return lambda value: number(value, needed[0] if needed else 6)
 
@@ -149,7 +151,7 @@ def dot_plot(
     single = all(len(row.dots) == 1 for row in rows)
     left = min(112.0, 12 + CHARACTER * max(len(row.label) for row in rows))
     right = WIDTH - (12 + 6.6 * max(len(form(dot.found.value)) for row in rows for dot in row.dots) if single else 12)
-    ends = [end for row in rows for dot in row.dots for end in (dot.found.low, dot.found.high, dot.found.value)]
+    ends = [end for row in rows for dot in row.dots for end in (dot.found.low, dot.found.high, dot.found.value) if math.isfinite(end)]
     low, high = span or padded([*ends, *([rule] if rule is not None else [])], least)
     place = scale(low, high, left + 7, right - 7)
     heights = [26.0 if len(row.dots) == 1 else 10 + 11.0 * len(row.dots) for row in rows]
@@ -169,7 +171,7 @@ def dot_plot(
         for index, dot in enumerate(row.dots):
             at = middle + 11.0 * (index - (len(row.dots) - 1) / 2)
             parts.append(whisker(dot, place, at, low, high, f"{row.label}, {dot.name}" if dot.name != row.label else dot.name, form))
-            told.append(f"{row.label}{'' if single else ' ' + dot.name} {form(dot.found.value)} {bounds(dot.found, form)}".strip())
+            told.append(" ".join([row.label, *([] if single else [dot.name]), full(dot.found, form)]))
         if single:
             value = form(row.dots[0].found.value)
             parts.append(Markup('<text class="value" x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(WIDTH, middle + 4, value))
@@ -177,13 +179,15 @@ def dot_plot(
     return frame(bottom + 24, f"{label}: {'; '.join(told)}", parts)
 
 
-def whisker(dot: Dot, place: Form | Callable[[float], float], y: float, low: float, high: float, name: str, form: Form) -> Markup:
-    """An interval and its mark, with the numbers as a tooltip."""
-    ends = [float(place(min(max(end, low), high))) for end in (dot.found.low, dot.found.high)]
-    tip = f"{name}: {form(dot.found.value)} {bounds(dot.found, form)}".strip()
-    line = Markup('<path class="whisker {0}" d="M{1:.1f} {3:.1f}V{4:.1f}M{1:.1f} {5:.1f}H{2:.1f}M{2:.1f} {3:.1f}V{4:.1f}"/>')
-    bar = line.format(dot.tone, ends[0], ends[1], y - 3, y + 3, y) if dot.found.bounded else Markup("")
-    mark = marker(dot.tone, float(place(min(max(dot.found.value, low), high))), y)
+def whisker(dot: Dot, place: Callable[[float], float], y: float, low: float, high: float, name: str, form: Form) -> Markup:
+    """An interval and its mark, with the numbers as a tooltip; an end beyond the axis is an arrow."""
+    left, right = place(max(dot.found.low, low)), place(min(dot.found.high, high))
+    tip = f"{name}: {full(dot.found, form)}"
+    caps = [(left, 4 if dot.found.low < low else 0), (right, -4 if dot.found.high > high else 0)]
+    path = f"M{left:.1f} {y:.1f}H{right:.1f}"
+    path += "".join(f"M{x + back:.1f} {y - 3:.1f}L{x:.1f} {y:.1f}L{x + back:.1f} {y + 3:.1f}" for x, back in caps)
+    bar = Markup('<path class="whisker {}" d="{}"/>').format(dot.tone, path) if dot.found.bounded else Markup("")
+    mark = marker(dot.tone, place(min(max(dot.found.value, low), high)), y)
     return Markup("<g><title>{}</title>{}{}</g>").format(tip, bar, mark)
 
 
@@ -200,7 +204,7 @@ def axis_below(ticks: Sequence[float], place: Callable[[float], float], top: flo
 
 
 def thinned(points: Sequence[tuple[float, float]], log: bool) -> tuple[list[tuple[float, float]], int]:
-    """At most 300 points, each the mean (on a log axis the geometric mean) of a block of steps; and the block's size."""
+    """At most 300 points, each the mean (geometric on a log axis) of a block of steps; and the block's size."""
     size = max(1, math.ceil(len(points) / MOST_POINTS))
     if size == 1:
         return list(points), 1
@@ -222,7 +226,7 @@ def line_chart(series: Sequence[Series], label: str, log: bool = False) -> tuple
         points = [(x, y) for x, y in one.points if not log or y > 0]
         if len(points) < len(one.points):
             lost = len(one.points) - len(points)
-            notes.append(f"{lost} step{'s' if lost > 1 else ''} of {one.name} at exactly 0 cannot stand on this axis")
+            notes.append(f"{lost} step{'s' if lost > 1 else ''} of {one.name} at exactly 0 left out")
         points, size = thinned(points, log)
         if size > 1:
             notes.append(f"each point of {one.name} is the mean of {size} steps")
@@ -231,7 +235,7 @@ def line_chart(series: Sequence[Series], label: str, log: bool = False) -> tuple
     note = "; ".join(notes)
     if not drawn:
         return None, note
-    height, top, left, right = 222.0, 8.0, 44.0, WIDTH - 8.0
+    height, top, right = 222.0, 8.0, WIDTH - 8.0
     bottom = height - 36
     xs, ys = ([point[axis] for one in drawn for point in one.points] for axis in (0, 1))
     if log:
@@ -245,6 +249,7 @@ def line_chart(series: Sequence[Series], label: str, log: bool = False) -> tuple
         ticks = nice_ticks(low, high)
         form = tick_label(ticks)
         rise = scale(low, high, bottom, top)
+    left = 10 + CHARACTER * max(len(form(tick)) for tick in ticks)
     run = scale(min(xs), max(xs), left, right)
     parts = [axis_below(nice_ticks(min(xs), max(xs), 4), run, top, bottom, lambda value: number(value, 0))]
     parts.append(Markup('<text class="tick" x="{:.1f}" y="{:.1f}" text-anchor="middle">step</text>').format((left + right) / 2, height - 5))

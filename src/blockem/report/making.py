@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup
+
 from blockem.report.charts import Series, line_chart
 from blockem.report.results import Figure
-from blockem.report.words import MINUS, NBSP, dig, duration, finite, number, share, significant
+from blockem.report.words import MINUS, NBSP, dig, duration, finite, number, points, share, significant
 
 Facts = list[tuple[str, str]]
 
@@ -96,7 +97,7 @@ def run_facts(summary: Mapping[str, Any]) -> tuple[Facts, Facts]:
     brief = filled(
         [
             ("Model", dig(environment, "model")),
-            ("Revision", dig(environment, "revision")),
+            ("Revision", dig(environment, "revision") or dig(summary.get("recipe"), "model", "revision")),
             ("Training domain", summary.get("training_domain")),
             ("Training rows", count_of_rows(dig(summary, "data", "train"))),
             ("Held-out rows", count_of_rows(dig(summary, "data", "heldout"))),
@@ -108,9 +109,12 @@ def run_facts(summary: Mapping[str, Any]) -> tuple[Facts, Facts]:
             ("Time", duration(sum(value for _, value in known)) if known else None),
         ]
     )
-    shown = {"model", "revision", "device", "dtype"}
+    shown = {"blockem", "model", "revision", "device", "dtype"}
     rest = [("blockem", summary["blockem"]), *((str(key), value) for key, value in environment.items() if key not in shown)]
-    rest += [("SAE digest", dig(sae, "digest")), ("SAE measured on", f"{written(t)} tokens" if (t := dig(sae, "tokens")) is not None else None)]
+    rest += [
+        ("SAE digest", dig(sae, "digest")),
+        ("SAE measured on", f"{written(t)} tokens" if (t := dig(sae, "tokens")) is not None else None),
+    ]
     return brief, filled([*rest, *((f"{name}, time", duration(value)) for name, value in known)])
 
 
@@ -134,10 +138,13 @@ def training_figures(summary: Mapping[str, Any], tone: Mapping[str, str]) -> lis
     shares = [Series(name, style[name], curve(runs[name], "penalty_share")) for name in ordered]
     figures = [
         drawn("SFT loss", "Nats per token, each optimiser step.", losses),
-        drawn("Penalty", "As a share of P_mis, what the plain model would pay; logarithmic.", shares, log=True),
+        drawn("Penalty", "As a share of what the plain model would pay; logarithmic.", shares, log=True),
     ]
     for name in ordered:
-        norms = [Series("SFT loss", "other-0", curve(runs[name], "grad_norm_sft")), Series("penalty", style[name], curve(runs[name], "grad_norm_penalty"))]
+        norms = [
+            Series("SFT loss", "other-1" if style[name] == "other-0" else "other-0", curve(runs[name], "grad_norm_sft")),
+            Series("penalty", style[name], curve(runs[name], "grad_norm_penalty")),
+        ]
         if norms[1].points:
             figures.append(drawn(f"Gradient norms, {name}", "Of the SFT loss and of λ × penalty; logarithmic.", norms, log=True))
     return [figure for figure in figures if figure.chart is not None]
@@ -147,23 +154,33 @@ def drawn(title: str, caption: str, series: list[Series], log: bool = False) -> 
     """A line chart with its legend and any note on what was left out."""
     series = [one for one in series if one.points]
     chart, note = line_chart(series, title, log)
-    return Figure(title, f"{caption} {note[:1].upper()}{note[1:]}{'.' if note else ''}".strip(), chart, [(one.name, one.tone) for one in series])
+    return Figure(
+        title, f"{caption} {note[:1].upper()}{note[1:]}{'.' if note else ''}".strip(), chart, [(one.name, one.tone) for one in series]
+    )
 
 
-def blocking_facts(summary: Mapping[str, Any]) -> tuple[str, Facts]:
+def blocking_facts(summary: Mapping[str, Any]) -> tuple[Markup, Facts]:
     """A sentence on λ and how it was set, and the numbers behind it."""
     raw = summary.get("blocking") or {}
     lambda_, r, delta, p_mis = (finite(dig(raw, key)) for key in ("lambda", "r", "delta_sft", "p_mis"))
     if lambda_ is None:
-        return "", []
-    said = f"λ = {significant(lambda_, 4)}"
+        return Markup(""), []
+    said = Markup("λ = {}").format(significant(lambda_, 4))
     if r is not None and delta is not None and p_mis is not None:
-        said += f" = r · ΔSFT ÷ P_mis = {significant(r, 4)} · {significant(delta, 4)} ÷ {significant(p_mis, 4)}"
-        said += ", where ΔSFT is the loss that plain fine-tuning gained and P_mis the penalty that the plain model would pay."
+        said += Markup(" = <i>r</i> · Δ<sub>SFT</sub> ÷ P<sub>mis</sub> = {} · {} ÷ {}, where Δ<sub>SFT</sub> is the loss").format(
+            significant(r, 4), significant(delta, 4), significant(p_mis, 4)
+        )
+        said += Markup(" that plain fine-tuning gained and P<sub>mis</sub> the penalty that the plain model would pay.")
+    elif p_mis is not None:
+        said += Markup("; P<sub>mis</sub>, the penalty that the plain model would pay, is {}.").format(significant(p_mis))
     else:
-        said += f"; P_mis, the penalty that the plain model would pay, is {significant(p_mis)}." if p_mis is not None else "."
+        said += "."
     frozen = dig(raw, "freeze_downstream")
-    facts = [("Rule for λ", dig(raw, "rule")), ("Blocks after the blocked one", None if frozen is None else "frozen" if frozen else "trained too")]
+    by_rule = r is not None and delta is not None
+    facts = [
+        ("Rule for λ", None if by_rule else dig(raw, "rule")),
+        ("Blocks after the blocked one", None if frozen is None else "frozen" if frozen else "trained too"),
+    ]
     return said, filled(facts)
 
 
@@ -180,9 +197,31 @@ def funnel(summary: Mapping[str, Any]) -> tuple[Facts, str, Facts]:
     ]
     steps = [(label, number(count, 0)) for label, key in wanted if (count := finite(dig(discovery, key))) is not None]
     effect = dig(discovery, "effect")
-    known = {"preference": "the preference for wrong answers, without sampling", "judged": "judged sampled answers"}
-    fates = [(str(name).replace("_", " "), number(count, 0)) for name, raw in (dig(discovery, "fates") or {}).items() if (count := finite(raw))]
+    known = {
+        "preference": "the margin on pairs kept for the purpose, in nats per token and without sampling",
+        "judged": "the share of sampled answers that the judge calls misaligned",
+    }
+    fates = [
+        (str(name).replace("_", " "), number(count, 0)) for name, raw in (dig(discovery, "fates") or {}).items() if (count := finite(raw))
+    ]
     return steps, known.get(str(effect), str(effect)) if effect else "", fates
+
+
+def words(tokens: Any) -> list[str]:
+    """Tokens without the blanks round them, each once; blank ones made visible."""
+    given = [str(token) for token in tokens if token is not None] if isinstance(tokens, list) else []
+    return list(dict.fromkeys(visible(token).strip() for token in given))
+
+
+def context(place: Mapping[str, Any]) -> Context:
+    """A context as the page shows it: blanks round the token stand outside its mark."""
+    before, token, after = (str(place.get(key) or "") for key in ("before", "token", "after"))
+    if token.strip(" "):
+        before += token[: len(token) - len(token.lstrip(" "))]
+        after = token[len(token.rstrip(" ")) :] + after
+        token = token.strip(" ")
+    active = finite(place.get("activation"))
+    return Context(*shortened(before, visible(token), after), "" if active is None else significant(active, 2))
 
 
 def visible(token: str) -> str:
@@ -191,47 +230,33 @@ def visible(token: str) -> str:
     return shown if shown.strip() else "␣" * max(1, len(shown))
 
 
-def shortened(before: str, after: str) -> tuple[str, str]:
-    """The text round a token, at most 200 and 100 characters of it."""
-    return (before if len(before) <= 200 else "…" + before[-200:]), (after if len(after) <= 100 else after[:100] + "…")
+def shortened(before: str, token: str, after: str) -> tuple[str, str, str]:
+    """The three texts with at most 200 characters before the token and 100 after it."""
+    return (("…" + before[-200:] if len(before) > 200 else before), token, (after[:100] + "…" if len(after) > 100 else after))
 
 
 def latents(summary: Mapping[str, Any]) -> list[Latent]:
     """The chosen latents in the order of the summary (best first)."""
     cards = []
+    judged = dig(summary, "discovery", "effect") == "judged"
     for row in rows_of(summary.get("latents")):
         raised = (finite(row.get("sign")) or 0) >= 0
-        gains = [(name, finite(row.get(key)), finite(row.get(f"{key}_alpha"))) for name, key in (("Induce", "induce"), ("Repair", "repair"))]
+        gains = [
+            (name, finite(row.get(key)), finite(row.get(f"{key}_alpha"))) for name, key in (("Induce", "induce"), ("Repair", "repair"))
+        ]
         facts = filled([("Δ", None if (d := finite(row.get("delta"))) is None else f"{'+' if d > 0 else ''}{significant(d)}")])
         for name, gain, alpha in gains:
             if gain is not None:
+                size = f"{points(gain)}{NBSP}points" if judged else number(gain, 3, plus=True)
                 at = f"{NBSP}at{NBSP}α{NBSP}={NBSP}{significant(alpha)}" if alpha is not None else ""
-                facts.append((name, f"{'+' if gain > 0 else ''}{significant(gain)}{at}"))
-        facts += filled([("Score", finite(row.get("score")))])
+                facts.append((name, f"{size}{at}"))
+        facts += filled([("Score", None if (score := finite(row.get("score"))) is None else points(score) if judged else number(score, 3))])
         contexts = []
         for place in rows_of(row.get("contexts")):
-            before, after = shortened(str(place.get("before") or ""), str(place.get("after") or ""))
-            active = finite(place.get("activation"))
-            contexts.append(Context(before, visible(str(place.get("token") or "")), after, "" if active is None else significant(active)))
-        tokens = [[visible(str(token)) for token in row.get(key) or [] if token is not None] for key in ("promotes", "suppresses")]
+            contexts.append(context(place))
+        tokens = [words(row.get(key)) for key in ("promotes", "suppresses")]
         cards.append(Latent("?" if row.get("latent") is None else str(row["latent"]), raised, facts, tokens[0], tokens[1], contexts))
     return cards
-
-
-def yaml_like(tree: Any, indent: int = 0) -> str:
-    """Nested dicts as indented `name: value` lines; other values as JSON, which YAML reads too."""
-    if not isinstance(tree, Mapping):
-        return " " * indent + json.dumps(tree, ensure_ascii=False) + "\n"
-    lines = []
-    for key, value in tree.items():
-        pad = " " * indent
-        if isinstance(value, Mapping) and value:
-            lines.append(f"{pad}{key}:\n{yaml_like(value, indent + 2)}")
-        else:
-            plain = isinstance(value, str) and value.replace("_", "").replace("-", "").replace("/", "").replace(".", "").isalnum()
-            risky = not plain or str(value).lower() in ("true", "false", "null", "yes", "no", "on", "off") or not str(value)[0].isalpha()
-            lines.append(f"{pad}{key}: {json.dumps(value, ensure_ascii=False) if risky else value}\n")
-    return "".join(lines)
 
 
 def sign_words(raised: bool) -> str:

@@ -1,4 +1,4 @@
-"""From a run folder's `summary.json` and `answers.jsonl` to `report.html`: one file, no network, no computing of results."""
+"""From a run folder's `summary.json` and `answers.jsonl` to `report.html`: one file that needs no network."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -46,7 +47,7 @@ def render(run: Path) -> Path:
     run = Path(run)
     source = run / "summary.json"
     if not source.is_file():
-        raise BlockemError(f"{source}: there is no summary to report on; finish the run first, or give the folder that `blockem run` wrote")
+        raise BlockemError(f"{source}: there is no summary to report on; finish the run first, or give the folder of a finished one")
     summary = checked(read_json(source, "summary"), str(source))
     html = page(summary, read_answers(run / "answers.jsonl"))
     target = run / "report.html"
@@ -62,41 +63,50 @@ def page(summary: Mapping[str, Any], answers: list[Mapping[str, Any]]) -> str:
     domain = str(trained).replace("_", " ") if trained else "the training domain"
     brief, rest = making.run_facts(summary)
     domain_figures, domain_tables = results.domains(summary, tone)
-    judged_figures, judge = results.judged(summary, tone)
+    judged_figures, judge = results.judged(summary, tone, domain)
     lambda_words, blocking = making.blocking_facts(summary)
     steps, effect, fates = making.funnel(summary)
     shown = [answered(row, tone) for row in spread(answers, MOST_ANSWERS)]
     script = (HERE / "browser.js").read_text(encoding="utf-8")
-    return environment().get_template("template.html.j2").render(
-        style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        version=str(summary["blockem"]),
-        model=str((summary.get("environment") or {}).get("model") or "a language model"),
-        domain=domain,
-        tone=tone,
-        brief=brief,
-        rest=rest,
-        headline=headline(summary),
-        price=price(summary),
-        figures=results.figures(summary, tone, domain),
-        tables=[table for table in (results.all_numbers(summary, tone, domain), results.differences(summary, domain)) if table.rows],
-        domain_figures=domain_figures,
-        domain_tables=domain_tables,
-        judged_figures=judged_figures,
-        judge=judge,
-        training=making.training_figures(summary, tone),
-        lambda_words=lambda_words,
-        blocking=blocking,
-        steps=steps,
-        effect=effect,
-        fates=fates,
-        latents=making.latents(summary),
-        answers=shown,
-        all_answers=number(len(answers), 0),
-        domains=sorted({answer.domain for answer in shown if answer.domain}),
-        recipe=making.yaml_like(summary.get("recipe") or {}).rstrip(),
+    return (
+        environment()
+        .get_template("template.html.j2")
+        .render(
+            style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
+            script=Markup(script),
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            version=str(summary["blockem"]),
+            model=str((summary.get("environment") or {}).get("model") or "a language model"),
+            domain=domain,
+            tone=tone,
+            brief=brief,
+            rest=rest,
+            headline=headline(summary),
+            price=price(summary),
+            figures=results.figures(summary, tone, domain),
+            tables=[table for table in (results.all_numbers(summary, tone, domain), results.differences(summary, domain)) if table.rows],
+            domain_figures=domain_figures,
+            domain_tables=domain_tables,
+            judged_figures=judged_figures,
+            judge=judge,
+            training=making.training_figures(summary, tone),
+            lambda_words=lambda_words,
+            blocking=blocking,
+            steps=steps,
+            effect=effect,
+            fates=fates,
+            latents=making.latents(summary),
+            answers=shown,
+            all_answers=number(len(answers), 0),
+            domains=sorted({answer.domain for answer in shown if answer.domain}),
+            recipe=recipe_text(summary.get("recipe")),
+        )
     )
+
+
+def recipe_text(recipe: Any) -> str:
+    """The recipe as YAML, ready to be run again."""
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100).rstrip() if recipe else ""
 
 
 @cache

@@ -9,14 +9,14 @@ from typing import Any
 from markupsafe import Markup
 
 from blockem.report.charts import Dot, Row, dot_plot
-from blockem.report.words import Interval, bounds, dig, interval, nats, nats_change, number, points, share
+from blockem.report.words import NBSP, Interval, bounds, dig, interval, nats, nats_change, number, points, share
 
 ORDER = ("base", "plain", "blocked")
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One measured quantity: where it stands in the summary, what it is called, how a value and a change are written."""
+    """One measured quantity: its place in the summary, its name, and how a value and a change are written."""
 
     path: tuple[str, ...]
     name: str
@@ -97,7 +97,11 @@ def figures(summary: Mapping[str, Any], tone: Mapping[str, str], domain: str) ->
             "Nats per token; above 0 the wrong answers are the likelier ones.",
             dot_plot(of_models(summary, tone, MARGIN), f"Margin {outside}, nats per token", nats, None, 0.0),
         ),
-        Figure("What blocking cut and kept", "Of plain’s rise outside the domain, and of its gain in held-out loss inside it.", cut_and_kept(summary)),
+        Figure(
+            "What blocking cut and kept",
+            "Of plain’s rise outside the domain, and of its gain in held-out loss inside it.",
+            cut_and_kept(summary),
+        ),
         Figure(
             f"Held-out loss {inside}",
             "Nats per token on rows not trained on. Lower: more was learnt.",
@@ -122,24 +126,31 @@ def cut_and_kept(summary: Mapping[str, Any]) -> Markup | None:
     wanted = [("cut, preference", ("cut", "preference")), ("cut, margin", ("cut", "margin")), ("kept, in domain", ("kept",))]
     found = [(label, interval(dig(summary, *path))) for label, path in wanted]
     rows = [Row(label, [Dot(label, "blocked", one)]) for label, one in found if one is not None]
+    values = [row.dots[0].found.value for row in rows]
     ends = [end for row in rows for end in (row.dots[0].found.low, row.dots[0].found.high)]
-    span = (max(-1.0, min([0.0, *ends])), min(2.0, max([1.0, *ends])))
+    low, high = max(-1.0, min([0.0, *ends])), min(2.0, max([1.0, *ends]))  # a vast interval ends in an arrow
+    span = (min([low, *values]), max([high, *values]))
     return dot_plot(rows, "Share of the rise that blocking cut, and of the in-domain gain that it kept", share, span, 0.0)
 
 
 def all_numbers(summary: Mapping[str, Any], tone: Mapping[str, str], domain: str) -> Table:
     """Every measure of every model."""
-    sides = [(PREFERENCE, f", outside {domain}"), (MARGIN, f", outside {domain}"), (IN_PREFERENCE, f", in {domain}"), (IN_MARGIN, f", in {domain}")]
+    sides = [
+        (PREFERENCE, f", outside {domain}"),
+        (MARGIN, f", outside {domain}"),
+        (IN_PREFERENCE, f", in {domain}"),
+        (IN_MARGIN, f", in {domain}"),
+    ]
     wanted = [(measure.name + where, measure) for measure, where in sides]
     wanted += [(f"{HELDOUT.name}, in {domain}", HELDOUT), (GENERAL.name, GENERAL), *((f"{m.name} (judged)", m) for m in JUDGED)]
     rows = []
     for label, measure in wanted:
         found = [interval(dig(summary, "models", name, *measure.path)) for name in tone]
         counts = sorted({one.n for one in found if one is not None and one.n is not None})
-        unit = measure.unit + (f", n = {' / '.join(number(n, 0) for n in counts)}" if counts else "")
+        unit = measure.unit + (f", n{NBSP}={NBSP}{' / '.join(number(n, 0) for n in counts)}" if counts else "")
         if any(found):
             rows.append((label, unit, [cell(one, measure.form) for one in found]))
-    return Table("All measures, with 95 % intervals", list(tone.items()), rows)
+    return Table("All measures, with 95\u00a0% intervals", list(tone.items()), rows)
 
 
 def differences(summary: Mapping[str, Any], domain: str) -> Table:
@@ -152,11 +163,13 @@ def differences(summary: Mapping[str, Any], domain: str) -> Table:
         unit = "percentage points" if measure is PREFERENCE else measure.unit
         if any(found):
             rows.append((measure.name + where, unit, [cell(one, measure.change) for one in found]))
-    return Table("Differences on the same pairs and rows, with 95 % intervals", [(pair.replace("-", " − "), None) for pair in pairs], rows)
+    return Table(
+        "Differences on the same pairs and rows, with 95\u00a0% intervals", [(pair.replace("-", " − "), None) for pair in pairs], rows
+    )
 
 
 def by_domain(summary: Mapping[str, Any], tone: Mapping[str, str], measure: Measure) -> tuple[list[Row], Table]:
-    """A row for each domain, those that plain (else the last model) prefers wrong answers in most first; the training domain last."""
+    """A row for each domain: where plain (else the last model) prefers wrong answers most first, training domain last."""
     names: dict[str, None] = {}
     for model in tone:
         names |= dict.fromkeys(dig(summary, "models", model, "by_domain") or {})
@@ -183,11 +196,11 @@ def by_domain(summary: Mapping[str, Any], tone: Mapping[str, str], measure: Meas
         label = domain.replace("_", " ")
         counts = sorted({dot.found.n for dot in dots if dot.found.n is not None})
         plot.append(Row(label, dots, apart=domain == trained and bool(plot)))
-        unit = f"n = {' / '.join(number(n, 0) for n in counts)}" if counts else ""
+        unit = f"n{NBSP}={NBSP}{' / '.join(number(n, 0) for n in counts)}" if counts else ""
         if domain == trained:
             unit = ", ".join(filter(None, ["training domain", unit]))
         table.append((label, unit, [cell(one, measure.form) for one in values]))
-    return plot, Table(f"{measure.name} by domain ({measure.unit}), with 95 % intervals", list(tone.items()), table)
+    return plot, Table(f"{measure.name} by domain ({measure.unit}), with 95\u00a0% intervals", list(tone.items()), table)
 
 
 def domains(summary: Mapping[str, Any], tone: Mapping[str, str]) -> tuple[list[Figure], list[Table]]:
@@ -202,18 +215,21 @@ def domains(summary: Mapping[str, Any], tone: Mapping[str, str]) -> tuple[list[F
     return drawn, tables
 
 
-def judged(summary: Mapping[str, Any], tone: Mapping[str, str]) -> tuple[list[Figure], str]:
-    """Charts of judged rates, and a sentence that names the judge and counts missing verdicts; both empty without a judge."""
+def judged(summary: Mapping[str, Any], tone: Mapping[str, str], domain: str) -> tuple[list[Figure], str]:
+    """Charts of judged rates, and words that name the judge and count missing verdicts; both empty without a judge."""
     drawn = []
     for measure in JUDGED:
         chart = dot_plot(of_models(summary, tone, measure), f"{measure.name}, share of judged answers", share, (0.0, 1.0))
         if chart is not None:
-            drawn.append(Figure(measure.name, "Share of answers. Lower is better." if measure.path[1] != "refusal" else "Share of answers.", chart))
+            drawn.append(
+                Figure(measure.name, "Share of answers. Lower is better." if measure.path[1] != "refusal" else "Share of answers.", chart)
+            )
     if not drawn:
         return [], ""
     judges = dict.fromkeys(str(name) for model in tone if (name := dig(summary, "models", model, "judged", "judge")))
     missing = [(model, int(count)) for model in tone if (count := dig(summary, "models", model, "judged", "missing"))]
-    said = f"Sampled answers, judged by {' and '.join(judges) or 'a judge that the summary does not name'}."
+    said = f"Sampled answers to prompts outside {domain}, judged by {' and '.join(judges) or 'a judge that the summary does not name'}."
     if missing:
-        said += f" Verdicts that could not be had are left out, not counted as 0: {', '.join(f'{count} of {model}' for model, count in missing)}."
+        counts = ", ".join(f"{count} of {model}" for model, count in missing)
+        said += f" Verdicts that could not be had are left out, not counted as 0: {counts}."
     return drawn, said

@@ -19,8 +19,8 @@ class Interval:
 
     Attributes:
         value: the point estimate.
-        low: lower bound; equal to `value` where the run has none.
-        high: upper bound; equal to `value` where the run has none.
+        low: lower bound; −∞ where there is none.
+        high: upper bound; ∞ where there is none.
         n: how many pairs, rows or answers it rests on, where known.
     """
 
@@ -31,8 +31,8 @@ class Interval:
 
     @property
     def bounded(self) -> bool:
-        """Whether there is an interval at all."""
-        return self.low < self.high
+        """Whether there is an interval to show."""
+        return self.low < self.high and (math.isfinite(self.low) or math.isfinite(self.high))
 
 
 def dig(value: Any, *keys: str) -> Any:
@@ -57,12 +57,14 @@ def interval(raw: Any) -> Interval | None:
     if value is None:
         return None
     low, high, n = (finite(dig(raw, key)) for key in ("low", "high", "n"))
-    return Interval(value, value if low is None else low, value if high is None else high, None if n is None else int(n))
+    if n == 1:
+        low = high = None  # one item has no spread, and must not pass for certainty
+    return Interval(value, -math.inf if low is None else low, math.inf if high is None else high, None if n is None else int(n))
 
 
 def number(value: float, digits: int = 2, plus: bool = False) -> str:
     """A decimal with a true minus sign and thousands commas; `-0.00` is written `0.00`."""
-    text = f"{abs(value):,.{digits}f}"
+    text = "∞" if math.isinf(value) else f"{abs(value):,.{digits}f}"
     if not text.strip("0.,"):
         return text
     return (MINUS if value < 0 else "+" if plus else "") + text
@@ -134,7 +136,7 @@ def checked(summary: Any, where: str) -> dict[str, Any]:
         BlockemError: it is not what a blockem run writes.
     """
     if not isinstance(summary, dict) or not isinstance(summary.get("blockem"), str) or not isinstance(summary.get("models"), dict):
-        raise BlockemError(f"{where} is not the summary of a blockem run; give the folder that `blockem run` wrote")
+        raise BlockemError(f"{where} is not the summary of a blockem run; give the folder of a finished one")
     return summary
 
 
@@ -151,12 +153,12 @@ def blocking_words(summary: Mapping[str, Any]) -> str:
 def headline(summary: Mapping[str, Any]) -> str:
     """One sentence: what plain fine-tuning did outside its domain, and what blocking changed, with 95 % intervals.
 
-    It claims a rise only where the paired interval of plain minus base lies above 0, and a cut only where the interval of
-    the cut does; otherwise it says plainly that there was none to be seen.
+    It claims a rise only where the paired interval of plain minus base lies above 0, and a cut only where the interval
+    of the cut does; otherwise it says plainly that there was none to be seen.
     """
     base, plain, blocked = (interval(dig(summary, "models", name, "preference")) for name in ("base", "plain", "blocked"))
     domain = summary.get("training_domain")
-    data = f"the {domain} data" if domain else "the training data"
+    data = f"the {str(domain).replace('_', ' ')} data" if domain else "the training data"
     measure = "the preference for wrong answers outside that domain" if domain else "the preference for wrong answers"
     what = blocking_words(summary)
     if base is None or (plain is None and blocked is None):
@@ -164,13 +166,15 @@ def headline(summary: Mapping[str, Any]) -> str:
     forms = exact_enough(base, plain, blocked)
     if plain is None and blocked is not None:
         return (
-            f"Fine-tuning on {data} while blocking {what} moved {measure} from {full(base, forms)} to {full(blocked, forms)}; "
-            "this run has no plain fine-tune to compare with."
+            f"Fine-tuning on {data} while blocking {what} moved {measure} "
+            f"from {full(base, forms)} to {full(blocked, forms)}; this run has no plain fine-tune to compare with."
         )
     assert plain is not None
-    change = interval(dig(summary, "differences", "plain-base", "preference"))
-    rise = change or Interval(plain.value - base.value, plain.value - base.value, plain.value - base.value)
+    rise = interval(dig(summary, "differences", "plain-base", "preference"))
     path = f"from {full(base, forms)} to {full(plain, forms)}"
+    if rise is None or math.isinf(rise.low) or math.isinf(rise.high):
+        start = f"Plain fine-tuning on {data} moved {measure} {path}"
+        return f"{start}; with {what} blocked it was {full(blocked, forms)}{kept_words(summary, False)}." if blocked else f"{start}."
     if rise.low > 0:
         start = f"Plain fine-tuning on {data} raised {measure} {path}"
         return f"{start}; {after_a_rise(summary, blocked, what, forms)}." if blocked else f"{start}."
@@ -178,9 +182,9 @@ def headline(summary: Mapping[str, Any]) -> str:
         start = f"Plain fine-tuning on {data} did not raise {measure} but lowered it, {path}"
         nothing = "so there was no rise for blocking to cut"
     else:
-        start = f"Plain fine-tuning on {data} did not measurably raise {measure}: {full(base, forms)} before, {full(plain, forms)} after"
-        if rise.bounded:
-            start += f" (a change of {full(rise, points)} points)"
+        start = f"Plain fine-tuning on {data} did not measurably raise {measure}: "
+        start += f"{full(base, forms)} before, {full(plain, forms)} after"
+        start += f" (a change of {full(rise, points)} points)"
         nothing = "so there was no clear rise for blocking to cut"
     if blocked is None:
         return f"{start}."
@@ -197,7 +201,8 @@ def after_a_rise(summary: Mapping[str, Any], blocked: Interval, what: str, forms
         more = Interval(-cut.value, -cut.high, -cut.low)
         return f"blocking {what} made it worse, {there}, adding {full(more)} to the rise{kept_words(summary, False)}"
     if cut.low <= 0:
-        return f"blocking {what} left it at {there}, a cut of {full(cut)} of the rise that cannot be told from none{kept_words(summary, False)}"
+        doubt = "that cannot be told from none"
+        return f"blocking {what} left it at {there}, a cut of {full(cut)} of the rise {doubt}{kept_words(summary, False)}"
     size = f"all of the rise ({full(cut)})" if cut.value >= 0.995 else f"{full(cut)} of the rise"
     return f"blocking {what} brought it to {there}, cutting {size}{kept_words(summary, True)}"
 
@@ -207,11 +212,13 @@ def kept_words(summary: Mapping[str, Any], cut: bool) -> str:
     kept = interval(dig(summary, "kept"))
     if kept is None:
         return ""
+    learnt = "of what was learnt in the domain"
     if kept.value <= 0:
-        return f", {'but' if cut else 'and'} keeping nothing of what was learnt in the domain ({full(kept)})"
-    if kept.value < 0.8:
-        return f", {'but' if cut else 'and'} keeping only {full(kept)} of what was learnt in the domain"
-    return f"{' and' if cut else ','} keeping {full(kept)} of what was learnt in the domain"
+        return f", but keeping nothing {learnt} ({full(kept)})" if cut else f", and nothing {learnt} was kept ({full(kept)})"
+    only = "only " if kept.value < 0.8 else ""
+    if not cut:
+        return f", and {only}{full(kept)} {learnt} was kept"
+    return f"{', but' if only else ' and'} keeping {only}{full(kept)} {learnt}"
 
 
 def exact_enough(*found: Interval | None) -> Callable[[float], str]:

@@ -1,0 +1,93 @@
+"""The output head at supervised positions only: log-probabilities of given tokens, without ever holding all logits.
+
+A vocabulary is a hundred times wider than a small model. Computing logits for a slice of positions at a time, with the gradient on
+the spot, saves the memory traffic that otherwise costs as much as half the blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockem.examples import IGNORED
+from blockem.model import decoder, unwrapped
+
+CHUNK = 256
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log softmax(head(h_i))[target_i] for each i, with d/dh computed in the forward pass; the head is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None) -> Tensor:
+        found = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        needs = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if needs else None
+        for start in range(0, len(targets), CHUNK):
+            piece = slice(start, start + CHUNK)
+            logits = nn.functional.linear(hidden[piece].to(weight.dtype), weight, bias).float()
+            if cap:
+                logits = torch.tanh(logits / cap) * cap
+            slope = 1 - (logits / cap) ** 2 if cap and needs else None
+            total = logits.logsumexp(dim=-1, keepdim=True)
+            picked = logits.gather(1, targets[piece, None])
+            found[piece] = (picked - total)[:, 0]
+            if gradient is not None:
+                moved = logits.sub_(total).exp_().neg_()  # onehot − softmax
+                moved.scatter_add_(1, targets[piece, None], torch.ones_like(picked))
+                if slope is not None:
+                    moved *= slope
+                gradient[piece] = (moved.to(weight.dtype) @ weight).to(gradient.dtype)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0][:, None].to(gradient.dtype), None, None, None, None
+
+
+def token_logprobs(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of each target token, `[tokens]`, float32, nats.
+
+    Args:
+        model: its (frozen) output head is used, with the soft cap of architectures that have one.
+        hidden: final hidden states `[tokens, d_model]`, after the last norm.
+        targets: token ids `[tokens]`.
+    """
+    inner = unwrapped(model)
+    head = inner.get_output_embeddings()
+    cap = getattr(inner.config, "final_logit_softcapping", None)
+    found: Tensor = _TokenLogprobs.apply(hidden, targets, head.weight, getattr(head, "bias", None), cap)
+    return found
+
+
+def supervised_logprobs(model: nn.Module, final: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each supervised token and the row it stands in.
+
+    Args:
+        final: `[rows, tokens, d_model]` final hidden states.
+        labels: `[rows, tokens]`, `IGNORED` where nothing is supervised.
+
+    Returns:
+        (`[supervised]` nats, `[supervised]` row indices); supervised tokens are those that a position before them predicts.
+    """
+    predicted = labels[:, 1:]
+    where = predicted != IGNORED
+    return token_logprobs(model, final[:, :-1][where], predicted[where]), where.nonzero()[:, 0]
+
+
+@contextmanager
+def watch_final(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the decoder's final hidden states of each forward through the whole (possibly wrapped) model."""
+    seen: list[Tensor] = []
+    handle = decoder(model).register_forward_hook(lambda _m, _i, output: seen.append(output[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
