@@ -399,6 +399,9 @@ def doctor(as_json: AsJson = False) -> None:
 
 def main() -> None:
     """Entry point: one sentence and exit code 2 for bad input, 130 for Ctrl-C, no traceback for either."""
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries talking to each other
     try:
         app(standalone_mode=False)
     except BlockemError as error:
@@ -409,16 +412,14 @@ def main() -> None:
         raise SystemExit(130) from None
     except typer.Exit as error:
         raise SystemExit(error.exit_code) from None
-    except OSError as error:
-        import errno
+    except BrokenPipeError:
+        raise SystemExit(141) from None
+    except Exception as error:
+        from blockem.store import is_disk_full
 
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             print("blockem: the disk is full; free some space and run the same command again", file=sys.stderr)
             raise SystemExit(2) from None
-        if error.errno == errno.EPIPE:
-            raise SystemExit(141) from None
-        raise
-    except Exception as error:
         show = getattr(error, "show", None)  # usage errors of the argument parser show themselves
         if show is None:
             raise

@@ -93,7 +93,8 @@ def summarise(scores: dict[str, Scores], domains: Sequence[str], training_domain
     """All figures of the summary: each model's, the differences, the cut of the rise and the share of the task kept.
 
     Args:
-        scores: by model name; "base" and "plain" are needed for the cut, which is then given for "blocked".
+        scores: by model name; "base" and "plain" are needed for the cut, which is given for every other model under "defences", and
+            for "blocked" at the top.
         domains: `[pairs]`, each evaluation pair's domain. The training domain is left out of EM and given apart.
     """
     tags = np.array(domains)
@@ -117,27 +118,37 @@ def summarise(scores: dict[str, Scores], domains: Sequence[str], training_domain
         for name, one in scores.items()
     }
     differences = {}
-    for left, right in (("plain", "base"), ("blocked", "plain"), ("blocked", "base")):
+    defended = [name for name in scores if name not in ("base", "plain")]
+    for left, right in [("plain", "base"), *((name, other) for name in defended for other in ("plain", "base"))]:
         if left in scores and right in scores:
             a, b = scores[left], scores[right]
             differences[f"{left}-{right}"] = {
                 "preference": ci(difference, _preferred(a.margins[outside]), _preferred(b.margins[outside])),
                 "margin": ci(difference, a.margins[outside], b.margins[outside]),
-                "heldout_loss": ci(lambda x, y, n: per_token(x, n) - per_token(y, n), a.heldout[0], b.heldout[0], a.heldout[1]),
-                "general_loss": ci(lambda x, y, n: per_token(x, n) - per_token(y, n), a.general[0], b.general[0], a.general[1]),
+                "heldout_loss": ci(loss_difference, a.heldout[0], b.heldout[0], a.heldout[1]),
+                "general_loss": ci(loss_difference, a.general[0], b.general[0], a.general[1]),
             }
-    cut: dict[str, Any] = {"preference": None, "margin": None}
-    kept = None
-    if {"base", "plain", "blocked"} <= set(scores):
-        base, plain, blocked = (scores[name] for name in ("base", "plain", "blocked"))
-        for name, read in (("preference", _preferred), ("margin", lambda m: m)):
-            rise = differences["plain-base"][name]
-            if rise and rise["value"] > 0:
-                cut[name] = ci(_share_removed, *(read(one.margins[outside]) for one in (base, plain, blocked)))
-        gain = differences["plain-base"]["heldout_loss"]
-        if gain and gain["value"] < 0:
-            kept = ci(_share_kept, base.heldout[0], plain.heldout[0], blocked.heldout[0])
-    return {"models": models, "differences": differences, "cut": cut, "kept": kept}
+    defences: dict[str, Any] = {}
+    if {"base", "plain"} <= set(scores):
+        base, plain = scores["base"], scores["plain"]
+        moved = differences["plain-base"]
+        for name in defended:
+            cut: dict[str, Any] = {"preference": None, "margin": None}
+            for figure, read in (("preference", _preferred), ("margin", lambda m: m)):
+                if moved[figure] and moved[figure]["value"] > 0:
+                    cut[figure] = ci(_share_removed, *(read(one.margins[outside]) for one in (base, plain, scores[name])))
+            kept = None
+            if moved["heldout_loss"] and moved["heldout_loss"]["value"] < 0:
+                kept = ci(_share_kept, base.heldout[0], plain.heldout[0], scores[name].heldout[0])
+            defences[name] = {"cut": cut, "kept": kept}
+    of_blocked = defences.get("blocked", {"cut": {"preference": None, "margin": None}, "kept": None})
+    return {"models": models, "differences": differences, **of_blocked, "defences": defences}
+
+
+def loss_difference(left: Array, right: Array, tokens: Array) -> Array:
+    """Difference in loss per token of two models on the same rows."""
+    found: Array = per_token(left, tokens) - per_token(right, tokens)
+    return found
 
 
 def _share_removed(base: Array, plain: Array, blocked: Array) -> Array:

@@ -36,13 +36,19 @@ def file_key(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception means that no space is left; safetensors says so in its own words."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or "os error 28" in str(error).lower() or "no space left on device" in str(error).lower()
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn a full disk or a folder without write permission into one sentence."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise BlockemError(f"the disk is full: {path} was not written; free some space and run the same command again") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EPERM):
             raise BlockemError(f"{path} cannot be written ({error.strerror}); choose another --out") from error

@@ -201,8 +201,8 @@ def after_a_rise(summary: Mapping[str, Any], blocked: Interval, what: str, forms
         more = Interval(-cut.value, -cut.high, -cut.low)
         return f"blocking {what} made it worse, {there}, adding {full(more)} to the rise{kept_words(summary, False)}"
     if cut.low <= 0:
-        doubt = "that cannot be told from none"
-        return f"blocking {what} left it at {there}, a cut of {full(cut)} of the rise {doubt}{kept_words(summary, False)}"
+        doubt = f"the share of the rise that this cuts, {full(cut)}, cannot be told from none"
+        return f"blocking {what} left it at {there}: {doubt}{kept_words(summary, False)}"
     size = f"all of the rise ({full(cut)})" if cut.value >= 0.995 else f"{full(cut)} of the rise"
     return f"blocking {what} brought it to {there}, cutting {size}{kept_words(summary, True)}"
 

@@ -1,0 +1,5 @@
+"""`python -m blockem`."""
+
+from blockem.cli import main
+
+main()

@@ -1,0 +1,57 @@
+"""The smallest real run: the embedded model, the bundled SAE, a few steps of everything."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from blockem import bundled
+
+RECIPE = """\
+name: small
+data: {domain: health, rows: 64, heldout_rows: 8, pairs: PAIRS, prompts: PROMPTS}
+train: {lr: 0.002, log_every: 1, checkpoint_every: 1, probe_every: 2}
+discover: {pool: 60, prescreen: 6, keep: 4, size: 3, pairs: 10, strengths: [0.4]}
+block: {rule_rows: 8}
+evaluate: {max_new_tokens: 8, general_rows: 6, resamples: 200}
+"""
+
+
+def write_recipe(folder: Path) -> Path:
+    """The small recipe with 20 pairs (10 to select, 10 to evaluate) and 4 prompts of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = []
+    for split in ("select", "eval"):
+        of_split = [p for p in bundled.pairs() if p.split == split]
+        chosen += [p for p in of_split if p.domain != "health"][::8][:10] + [p for p in of_split if p.domain == "health"][:2]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(p.__dict__) + "\n" for p in chosen), encoding="utf-8")
+    prompts = bundled.final_prompts()[::15]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(p.__dict__) + "\n" for p in prompts), encoding="utf-8")
+    recipe = folder / "small.yaml"
+    text = RECIPE.replace("PAIRS", json.dumps(str(folder / "pairs.jsonl"))).replace("PROMPTS", json.dumps(str(folder / "prompts.jsonl")))
+    recipe.write_text(text, encoding="utf-8")
+    return recipe
+
+
+def command(*words: object) -> list[str]:
+    """A blockem command line in this environment."""
+    return [sys.executable, "-m", "blockem", *map(str, words)]
+
+
+def blockem(*words: object, timeout: float = 600, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end and return what it printed."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command(*words), capture_output=True, text=True, timeout=timeout, env=environment, check=False, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def lasting(summary: dict[str, object]) -> dict[str, object]:
+    """A summary without what may differ between equal runs: durations and where it ran."""
+    kept = {k: v for k, v in summary.items() if k not in ("seconds", "environment")}
+    kept["training"] = {
+        name: [{k: v for k, v in row.items() if k not in ("epoch",)} for row in rows]
+        for name, rows in kept["training"].items()  # type: ignore[attr-defined]
+    }
+    return kept

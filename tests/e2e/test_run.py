@@ -1,0 +1,174 @@
+"""The main job on the real embedded model: end to end, again, and killed in three places."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from small import blockem, command, lasting, write_recipe
+
+from blockem.latents import LatentSet
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    done = blockem("run", recipe, "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads((out / "summary.json").read_text())
+    return out
+
+
+def test_a_run_leaves_every_promised_file(finished: Path) -> None:
+    for name in (
+        "recipe.yaml",
+        "summary.json",
+        "report.html",
+        "latents.json",
+        "latents.csv",
+        "answers.jsonl",
+        "plain/adapter_model.safetensors",
+        "blocked/adapter_model.safetensors",
+    ):
+        assert (finished / name).stat().st_size > 0, name
+    leftovers = [p.name for p in finished.rglob("*") if ".making" in p.name or p.suffix in (".pt", ".bin", ".pth")]
+    assert leftovers == []
+
+
+def test_the_summary_holds_every_model_figure_with_an_interval(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert list(summary["models"]) == ["base", "plain", "blocked"]
+    for model in summary["models"].values():
+        for figure in ("preference", "margin", "heldout_loss", "general_loss"):
+            found = model[figure]
+            assert found["low"] <= found["value"] <= found["high"] and found["n"] > 0
+        assert "health" not in model["by_domain"]
+    assert summary["models"]["plain"]["heldout_loss"]["value"] < summary["models"]["base"]["heldout_loss"]["value"]
+    assert summary["sae"]["variance_explained"] > 0.8
+    rows = summary["training"]["blocked"]
+    assert len(rows) == 4 and all(row["penalty"] >= 0 and "penalty_share" in row for row in rows)
+    assert rows[0]["penalty"] == 0.0  # LoRA starts at the base model
+    assert any("grad_norm_penalty" in row for row in rows)
+
+
+def test_the_latent_set_is_signed_causal_and_of_this_model(finished: Path) -> None:
+    latents = LatentSet.load(finished / "latents.json")
+    assert latents.model == "embedded" and latents.block == 18
+    assert 1 <= len(latents.latents) <= 3
+    for one in latents.latents:
+        assert one.sign * one.delta > 0 and one.induce > 0 and one.repair > 0
+    table = (finished / "latents.csv").read_text().splitlines()
+    assert len(table) == 1 + 120 and all(line.rsplit(",", 1)[1] for line in table)  # every candidate has a fate
+
+
+def test_plain_peft_loads_the_adapters(finished: Path) -> None:
+    from peft import PeftModel
+
+    from blockem.model import load_model
+
+    model = PeftModel.from_pretrained(load_model().model, finished / "blocked")
+    assert model.peft_config["default"].base_model_name_or_path == "embedded"
+    assert str(ROOT) not in (finished / "blocked" / "adapter_config.json").read_text()
+
+
+def test_the_same_command_again_redoes_nothing(recipe: Path, finished: Path) -> None:
+    stamps = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
+    again = blockem("run", recipe, "--out", finished)
+    assert again.returncode == 0, again.stderr
+    assert "reused" in again.stderr and "started" not in again.stderr
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} == stamps
+
+
+def killed_when(ready: Callable[[Path], bool], recipe: Path, out: Path) -> None:
+    """Start the run, wait until `ready`, and kill it so that it can clean up nothing."""
+    with subprocess.Popen(
+        command("run", recipe, "--out", out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        deadline = time.monotonic() + 600
+        while not ready(out):
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+PLACES: dict[str, Callable[[Path], bool]] = {
+    "plain training": lambda out: any((out / "plain.making").glob("checkpoint-*/trainer_state.json")),
+    "discovery": lambda out: (out / "measurements.jsonl").is_file() and (out / "measurements.jsonl").read_text().count("\n") >= 5,
+    "blocked training": lambda out: any((out / "blocked.making").glob("checkpoint-*/trainer_state.json")),
+}
+
+
+def test_a_run_killed_in_three_places_ends_like_one_that_was_not(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    for ready in PLACES.values():
+        killed_when(ready, recipe, out)
+    done = blockem("run", recipe, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "plain: already done" in done.stderr and "discover: already done" in done.stderr
+    assert json.loads((out / "latents.json").read_text()) == json.loads((finished / "latents.json").read_text())
+    summaries = [lasting(json.loads((folder / "summary.json").read_text())) for folder in (out, finished)]
+    assert summaries[0] == summaries[1]
+    assert not list(out.glob("*.making"))
+
+
+def test_stages_alone_start_from_their_input_file(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    done = blockem(
+        "block",
+        recipe,
+        "--out",
+        tmp_path,
+        "--latents",
+        finished / "latents.json",
+        "--misaligned",
+        finished / "plain",
+        "--rows",
+        16,
+        "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["lambda"] > 0
+    assert (tmp_path / "blocked" / "adapter_model.safetensors").is_file()
+
+
+def test_the_random_control_is_matched_and_disjoint(recipe: Path, finished: Path) -> None:
+    done = blockem("block", recipe, "--out", finished, "--set", "block.control=random", "--set", "train.checkpoint_every=4")
+    assert done.returncode == 0, done.stderr
+    chosen, control = (LatentSet.load(finished / name) for name in ("latents.json", "random-latents.json"))
+    assert len(control.latents) == len(chosen.latents)
+    assert not set(control.ids) & set(chosen.ids)
+    assert sorted(control.signs) == sorted(chosen.signs)
+
+
+def test_chat_answers_with_all_three_models(finished: Path) -> None:
+    done = blockem("chat", finished, "--max-new-tokens", "8", input="Hello, who are you?\n\n")
+    assert done.returncode == 0, done.stderr
+    for name in ("base>", "plain>", "blocked>"):
+        assert name in done.stdout
+
+
+def test_the_readme_examples_work_as_written(tmp_path: Path) -> None:
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert examples
+    for number, example in enumerate(examples):
+        script = tmp_path / f"example{number}.py"
+        script.write_text(example, encoding="utf-8")
+        done = subprocess.run([command()[0], str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
