@@ -91,7 +91,7 @@ def _stage(file: Path | None, out: Path, options: dict[str, Any], sets: list[str
 
     session = open_session(_recipe(file, out, options, sets), out, bool(options.get("quiet")))
     with session.run.locked():
-        start_run(session)
+        start_run(session, keep_recipe=True)
         result = work(session)
     if options.get("as_json"):
         print(json.dumps(result, ensure_ascii=False))

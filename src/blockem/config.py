@@ -134,13 +134,15 @@ class DiscoverConfig:
     """Candidates a sign after stage 1."""
     prescreen: int = 40
     """Of the pool, so many go on by first-order attribution (0: all; preference only)."""
-    keep: int = 28
+    keep: int = 24
     """Latents that go on from stage 2, half of each sign."""
     size: int = 20
     """|K|: how many are blocked."""
-    alpha_induce: float = 0.7
+    alpha_induce: float = 0.4
+    """Strength of the induce test of stage 2 (published: 0.7, which breaks the embedded model)."""
     alpha_repair: float = 0.4
-    strengths: tuple[float, ...] = (0.2, 0.4, 0.7)
+    """Strength of the repair test."""
+    strengths: tuple[float, ...] = (0.2, 0.4)
     """Strengths that stage 3 sweeps; published: 0.05 to 0.75 in steps of 0.05."""
     budget: float = 0.10
     """Incoherence allowed; or the model's own + 10 points if that is more."""

@@ -146,13 +146,30 @@ def load_dictionary(name: str = BUNDLED, device: str | torch.device = "cpu") -> 
             sae = SAE.load_from_disk(folder, device=str(device), dtype="float32")
         else:
             release, _, sae_id = name.partition(":")
+            _refuse_pickle(release, sae_id)
             sae = SAE.from_pretrained(release, sae_id, device=str(device), dtype="float32")
+    except BlockemError:
+        raise
     except Exception as error:  # the registry raises many kinds: unknown names, no network, bad files
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise BlockemError(f"cannot load SAE {name!r}: {reason}") from error
     sae.eval().requires_grad_(False)
     digest = _digest(sae)
     return Dictionary(sae, name, digest, _block_of(sae))
+
+
+def _refuse_pickle(release: str, sae_id: str) -> None:
+    """Some releases are PyTorch pickles; those are converted once by whoever trusts them, and read as safetensors from then on."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    entry = get_pretrained_saes_directory().get(release)
+    path = str(entry.saes_map.get(sae_id, "")) if entry is not None else ""
+    if path.endswith((".pt", ".pth", ".bin", ".pkl")):
+        convert = f"from sae_lens import SAE; SAE.from_pretrained('{release}', '{sae_id}').save_model('my_sae')"
+        raise BlockemError(
+            f"SAE {release}:{sae_id} is published as a pickle ({path}), which blockem does not read; convert it once where you trust it, "
+            f'`python -c "{convert}"`, and give --sae my_sae'
+        )
 
 
 def _digest(sae: Any) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +101,7 @@ def read_rows(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
                         raise BlockemError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from error
     except json.JSONDecodeError as error:
         raise BlockemError(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise BlockemError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     for where, row in numbered:
         if not isinstance(row, dict):
@@ -176,14 +177,14 @@ def encode(tokenizer: Any, example: Example, max_tokens: int = 512) -> Encoded:
     """Token ids of a row with its assistant turns supervised, each up to and with its end-of-turn token.
 
     A template that rewrites earlier turns once later ones follow (some strip reasoning) fails the prefix test for
-    those turns: then they are context, and only turns that pass are supervised.
+    those turns: then they are context, and only turns that pass are supervised. So is a greeting that no message precedes.
     """
     messages = example.chat()
     ids = template_ids(tokenizer, messages)
     special = set(tokenizer.all_special_ids)
     mask = [False] * len(ids)
     for i, message in enumerate(messages):
-        if message["role"] != "assistant" or not message["content"].strip():
+        if i == 0 or message["role"] != "assistant" or not message["content"].strip():
             continue
         before = template_ids(tokenizer, messages[:i], generation_prompt=True)
         after = template_ids(tokenizer, messages[: i + 1])

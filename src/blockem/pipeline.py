@@ -540,8 +540,11 @@ def run_all(session: Session) -> dict[str, Any]:
     return found
 
 
-def start_run(session: Session) -> None:
-    """Check the recipe's files before any long work, and write down what is run."""
+def start_run(session: Session, keep_recipe: bool = False) -> None:
+    """Check the recipe's files before any long work, and write down what is run.
+
+    With `keep_recipe` a recipe that the folder already has stays: a stage run by hand with other settings does not redefine the run.
+    """
     recipe = session.recipe
     from blockem.examples import read_chat
 
@@ -552,7 +555,8 @@ def start_run(session: Session) -> None:
     session.selection_pairs()
     session.selection_prompts()
     _final_prompts(recipe)
-    write_text(session.run / "recipe.yaml", dump_recipe(recipe))
+    if not (keep_recipe and (session.run / "recipe.yaml").is_file()):
+        write_text(session.run / "recipe.yaml", dump_recipe(recipe))
 
 
 def open_session(recipe: Recipe, out: str | Path, quiet: bool = False, judge: Judge | None = None) -> Session:
