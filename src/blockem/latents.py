@@ -94,6 +94,8 @@ class LatentSet:
             given: list[dict[str, Any]] = row.pop("latents")
             latents = tuple(_latent(one) for one in given)
             row["norm"] = math.nan if row.get("norm") is None else row["norm"]
+            if not all(isinstance(number, int) for number in [row["block"], *(one.latent for one in latents)]):
+                raise TypeError("block and latents must be whole numbers")
             return cls(latents=latents, **row)
         except (KeyError, TypeError, AttributeError) as error:
             raise BlockemError(f"{path}: not a LatentSet ({error})") from error

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from blockem.bundled import Pair
+from blockem.errors import BlockemError
 from blockem.examples import Encoded, by_length, encode, one_turn, right_padded
 from blockem.head import supervised_logprobs
 from blockem.model import LanguageModel, decoder, from_hidden, hidden_at, supports_from_hidden
@@ -94,11 +95,18 @@ class SteeredRows:
 
 
 def encode_pairs(lm: LanguageModel, pairs: Sequence[Pair], max_tokens: int = 512) -> list[Encoded]:
-    """Right and wrong answers in turn: row 2i is pair i's right answer, row 2i + 1 its wrong one."""
+    """Right and wrong answers in turn: row 2i is pair i's right answer, row 2i + 1 its wrong one.
+
+    Raises:
+        BlockemError: an answer lies beyond `max_tokens`.
+    """
     rows = []
     for pair in pairs:
         for answer in (pair.right, pair.wrong):
-            rows.append(encode(lm.tokenizer, one_turn(pair.prompt, answer), max_tokens))
+            row = encode(lm.tokenizer, one_turn(pair.prompt, answer), max_tokens)
+            if not row.n_supervised:
+                raise BlockemError(f"the pair {pair.prompt[:60]!r} is too long: its answer lies beyond {max_tokens} tokens; shorten the prompt")
+            rows.append(row)
     return rows
 
 

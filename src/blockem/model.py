@@ -79,7 +79,8 @@ class LanguageModel:
                 self.model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
             else:
                 self.model = PeftModel.from_pretrained(self.model, str(folder), adapter_name=name, is_trainable=False)
-        except (RuntimeError, ValueError, KeyError) as error:
+        except Exception as error:  # damaged files raise many kinds
+            self._forget(name)
             raise BlockemError(f"the adapter in {folder} does not fit {self.id}: {_first_line(error)}") from error
         self.model.eval()
 
@@ -89,6 +90,19 @@ class LanguageModel:
 
         if isinstance(self.model, PeftModel):
             self.model = self.model.unload()
+
+    def _forget(self, name: str) -> None:
+        """Take off an adapter that loading left half way in; PEFT does not."""
+        from peft import PeftModel
+
+        if isinstance(self.model, PeftModel):
+            if name in self.model.peft_config:
+                self.model.delete_adapter(name)
+            return
+        for parent in list(self.model.modules()):
+            for child_name, child in list(parent.named_children()):
+                if hasattr(child, "base_layer"):
+                    setattr(parent, child_name, child.base_layer)
 
     @contextmanager
     def variant(self, name: str) -> Iterator[None]:
@@ -149,7 +163,7 @@ def keep_freed_memory() -> None:
     """On Linux, let glibc keep large freed blocks instead of returning each to the kernel.
 
     Every step allocates the same large tensors again; without this the kernel zeroes their pages anew each time, which took a quarter
-    of a training step on a CPU (docs/PERFORMANCE.md). Harmless where it does not apply.
+    of a training step on a CPU (docs/DECISIONS.md). Harmless where it does not apply.
     """
     if sys.platform != "linux":
         return
@@ -195,10 +209,13 @@ def dequantised(gguf: Path) -> Path:
     scratch = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-            )
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+                model = AutoModelForCausalLM.from_pretrained(
+                    gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+                )
+            except Exception as error:  # readers of damaged or unknown files raise many kinds
+                raise BlockemError(f"cannot read the GGUF model {gguf}: {_first_line(error)}") from error
             model.config.__dict__.pop("quantization_config", None)
             model.config._name_or_path = EMBEDDED_NAME
             model.save_pretrained(scratch)
@@ -274,7 +291,7 @@ def load_tokenizer(model: str = EMBEDDED, revision: str | None = None) -> Any:
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(source, **({} if isinstance(source, Path) else {"revision": revision}))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # missing, foreign and damaged files raise many kinds
         raise BlockemError(f"cannot load the tokenizer of {model!r}: {_first_line(error)}") from error
     if not tokenizer.chat_template:
         raise BlockemError(f"model {model!r} has no chat template; blockem needs a chat model")
@@ -306,7 +323,7 @@ def load_model(model: str = EMBEDDED, revision: str | None = None, dtype: str = 
         with quiet_transformers():
             options: dict[str, Any] = {} if isinstance(source, Path) else {"revision": revision}
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=number, use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # missing, foreign and damaged files raise many kinds
         raise BlockemError(f"cannot load model {model!r}: {_first_line(error)}") from error
     loaded.to(where).eval()
     loaded.requires_grad_(False)

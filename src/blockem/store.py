@@ -50,7 +50,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if is_disk_full(error):
             raise BlockemError(f"the disk is full: {path} was not written; free some space and run the same command again") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EPERM):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EPERM):
             raise BlockemError(f"{path} cannot be written ({error.strerror}); choose another --out") from error
         raise
 
@@ -130,10 +130,10 @@ class RunFolder:
         if not path.is_file():
             return None
         try:
-            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
+            record: Any = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
             return None
-        if record.get("key") != key or not all((self.path / name).exists() for name in outputs):
+        if not isinstance(record, dict) or record.get("key") != key or not all((self.path / name).exists() for name in outputs):
             return None
         return record
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from blockem.bundled import Pair, Prompt
 from blockem.dictionary import Dictionary
-from blockem.examples import by_length, content_start, encode, one_turn, template_ids
+from blockem.examples import by_length, content_start, template_ids
+from blockem.likelihood import encode_pairs
 from blockem.model import LanguageModel, hidden_at
 
 
@@ -39,11 +40,9 @@ def prompt_spans(lm: LanguageModel, prompts: Sequence[Prompt]) -> list[Span]:
 def answer_spans(lm: LanguageModel, pairs: Sequence[Pair]) -> list[Span]:
     """Answer tokens of the selection pairs, right and wrong alike: the variant that sees shifts that prompts do not show."""
     spans = []
-    for pair in pairs:
-        for answer in (pair.right, pair.wrong):
-            row = encode(lm.tokenizer, one_turn(pair.prompt, answer))
-            places = [i for i, supervised in enumerate(row.supervised) if supervised]
-            spans.append(Span(list(row.ids), places[0], places[-1] + 1))
+    for row in encode_pairs(lm, pairs):
+        places = [i for i, supervised in enumerate(row.supervised) if supervised]
+        spans.append(Span(list(row.ids), places[0], places[-1] + 1))
     return spans
 
 

@@ -1,0 +1,190 @@
+"""Recipes: defaults stand in one place, YAML goes round, and a mistake is one sentence that names the field."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blockem import config
+from blockem.config import Recipe, TrainConfig, dump_recipe, field_paths, load_recipe, recipe_from
+from blockem.errors import BlockemError
+from blockem.recipes import DEMO, demo_recipe
+
+
+def load(tmp_path: Path, text: str) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_recipe(path)
+
+
+def test_the_defaults_go_through_yaml_and_back(tmp_path: Path) -> None:
+    recipe = Recipe()
+    assert load(tmp_path, dump_recipe(recipe)) == recipe
+
+
+def test_changed_values_go_through_yaml_and_back(tmp_path: Path) -> None:
+    recipe = Recipe().with_values(
+        {"name": "naïve", "data.rows": 7, "block.lambda_": 1e-9, "discover.strengths": [0.1, 0.25], "train.lora_targets": ["q_proj"]}
+    )
+    assert load(tmp_path, dump_recipe(recipe)) == recipe
+
+
+def test_an_empty_recipe_and_an_empty_stage_keep_the_defaults(tmp_path: Path) -> None:
+    assert load(tmp_path, "") == Recipe()
+    assert load(tmp_path, "train:\nseed: 3\n") == dataclasses.replace(Recipe(), seed=3)
+
+
+def test_a_recipe_is_frozen_and_with_values_copies() -> None:
+    recipe = Recipe()
+    changed = recipe.with_values({"train.lr": 1e-5})
+    assert changed.train.lr == 1e-5
+    assert recipe == Recipe()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("path", "typed", "value"),
+    [
+        ("seed", "3", 3),
+        ("seed", "1e2", 100),
+        ("train.lr", "2e-4", 2e-4),
+        ("train.lr", "1", 1.0),
+        ("sae.allow_poor_fit", "yes", True),
+        ("sae.allow_poor_fit", "False", False),
+        ("data.rows", "none", None),
+        ("data.rows", "12", 12),
+        ("block.lambda_", "null", None),
+        ("block.lambda_", "13e3", 13000.0),
+        ("discover.strengths", "0.2,0.4", (0.2, 0.4)),
+        ("train.lora_targets", "", ()),
+        ("train.lora_targets", "q_proj,v_proj", ("q_proj", "v_proj")),
+        ("model.id", "123", "123"),
+    ],
+)
+def test_values_may_be_as_typed_on_a_command_line(path: str, typed: str, value: Any) -> None:
+    recipe: Any = Recipe().with_values({path: typed})
+    for part in path.split("."):
+        recipe = getattr(recipe, part)
+    assert recipe == value
+    assert type(recipe) is type(value)
+
+
+@pytest.mark.parametrize("path", ["train.learning_rate", "train", "trian.lr", "train.lr.x", "lr", ""])
+def test_an_unknown_field_lists_the_known_ones(path: str) -> None:
+    with pytest.raises(BlockemError, match="unknown recipe field .*known: name, seed, model.id"):
+        Recipe().with_values({path: 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("train:\n  learning_rate: 1", "recipe: unknown field 'train.learning_rate'; known here: lora_r"),
+        ("trian: 3", "recipe: unknown field 'trian'; known here: name, seed, model"),
+        ("7: 3", "recipe: unknown field '7'"),
+        ("train: 3", "recipe: train must be a mapping of fields"),
+        ("- 1", "recipe: the file must be a mapping of fields"),
+        ("seed: x", "seed is 'x'; it must be a whole number"),
+        ("seed: 1.5", "seed is 1.5; it must be a whole number"),
+        ("seed: true", "seed is True; it must be a whole number"),
+        ("seed: .nan", "seed is nan; it must be a whole number"),
+        ("seed: .inf", "seed is inf; it must be a whole number"),
+        ("train:\n  lr: fast", "train.lr is 'fast'; it must be a number"),
+        ("train:\n  lr: true", "train.lr is True; it must be a number"),
+        ("sae:\n  allow_poor_fit: 2", "sae.allow_poor_fit is 2; it must be true or false"),
+        ("model:\n  id: [a]", r"model.id is \['a'\]; it must be text"),
+        ("discover:\n  strengths: 3", "discover.strengths is 3; it must be a list, such as 0.2,0.4"),
+        ("discover:\n  strengths: [x]", "discover.strengths is 'x'; it must be a number"),
+        ("a: [", "not YAML"),
+    ],
+)
+def test_a_wrong_recipe_is_one_sentence_that_names_the_field(tmp_path: Path, text: str, sentence: str) -> None:
+    with pytest.raises(BlockemError, match=sentence) as caught:
+        load(tmp_path, text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"data.rows": 0}, "data.rows is 0; it must be positive"),
+        ({"data.max_tokens": 8}, "data.max_tokens is 8; it must be at least 16"),
+        ({"data.train": "mine.jsonl"}, "data.heldout must be too"),
+        ({"sae.block": -1}, "sae.block is -1; blocks are counted from 0"),
+        ({"train.lr": 0}, "train.lr and train.epochs must be positive"),
+        ({"train.lr": "nan"}, "train.lr and train.epochs must be positive"),
+        ({"train.batch_size": 10, "train.micro_batch": 4}, r"train.batch_size \(10\) must be a multiple of train.micro_batch \(4\)"),
+        ({"train.lora_r": 0}, "train.lora_r is 0; it must be positive"),
+        ({"discover.tokens": "all"}, "discover.tokens is 'all'; use prompt or answer"),
+        ({"discover.effect": "vibes"}, "discover.effect is 'vibes'"),
+        ({"discover.strengths": ""}, "discover.strengths needs at least one positive number"),
+        ({"discover.budget": 10}, "discover.budget is 10.0; it is a share between 0 and 1"),
+        ({"block.lambda_": -1}, "block.lambda_ is -1.0; it must not be negative"),
+        ({"block.lambda_": "nan"}, "block.lambda_ is nan"),
+        ({"block.measure": "z"}, "block.measure is 'z'; use latent or preactivation"),
+        ({"block.control": "shuffled"}, "block.control is 'shuffled'"),
+        ({"evaluate.resamples": 10}, "evaluate.resamples is 10; use at least 100"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_at_construction(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(BlockemError, match=sentence):
+        Recipe().with_values(changes)
+
+
+def test_a_missing_recipe_and_a_folder_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(BlockemError, match="no such recipe"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(BlockemError, match="cannot be read"):
+        load_recipe(tmp_path)
+
+
+def test_yaml_cannot_run_code(tmp_path: Path) -> None:
+    with pytest.raises(BlockemError, match="not YAML"):
+        load(tmp_path, "name: !!python/object/apply:os.getcwd []")
+
+
+def test_every_field_can_be_set_by_its_path() -> None:
+    paths = field_paths()
+    assert {"name", "seed", "model.id", "train.lr", "block.lambda_", "evaluate.temperature"} <= set(paths)
+    tree = Recipe().to_dict()
+    for path in paths:
+        value: Any = tree
+        for part in path.split("."):
+            value = value[part]
+        Recipe().with_values({path: value})
+
+
+def test_every_default_stands_in_the_dataclasses_and_is_what_they_say() -> None:
+    assert recipe_from({}) == Recipe()
+    assert TrainConfig() == Recipe().train
+    for kind in typing.get_type_hints(Recipe).values():
+        if dataclasses.is_dataclass(kind):
+            assert all(
+                f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING for f in dataclasses.fields(kind)
+            )
+
+
+def test_every_stage_and_every_string_field_is_documented() -> None:
+    tree = ast.parse(inspect.getsource(config))
+    stages = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert all(ast.get_docstring(stage) for stage in stages)
+    for stage in (one for one in stages if one.name != "Recipe"):
+        body = stage.body
+        for place, node in enumerate(body):
+            if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation).startswith("str") and node.target.id != "schedule":  # type: ignore[union-attr]
+                after = body[place + 1] if place + 1 < len(body) else None
+                assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant), f"{stage.name}.{ast.unparse(node.target)}"
+
+
+def test_the_demo_recipe_is_written_once_and_then_belongs_to_the_user(tmp_path: Path) -> None:
+    path = demo_recipe(tmp_path)
+    assert path.read_text(encoding="utf-8") == DEMO
+    assert load_recipe(path).name == "demo"
+    path.write_text("seed: 5\n", encoding="utf-8")
+    assert load_recipe(demo_recipe(tmp_path)).seed == 5

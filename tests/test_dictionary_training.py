@@ -1,0 +1,100 @@
+"""Training a small SAE: it writes a folder that loads, and undoing the scale is exact."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from blockem.dictionary import activations, load_dictionary, measure_fit
+from blockem.dictionary_training import SaeTraining, _unscale, train_dictionary
+from blockem.errors import BlockemError
+from blockem.examples import one_turn
+from blockem.model import LanguageModel
+
+TEXTS = [one_turn(f"{thing} {other}?", f"{other} and {thing}, said number {i}.") for i, thing in enumerate(tiny.THINGS) for other in tiny.THINGS]
+
+
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+def test_training_writes_a_folder_that_loads_and_explains_the_model(lm: LanguageModel, tmp_path: Path, architecture: str) -> None:
+    settings = SaeTraining(tiny.BLOCK, 64, 16, architecture, l0_coefficient=0.01, epochs=10, lr=1e-2, batch=256, store_dtype="float32")
+    told: list[str] = []
+    dictionary, fit = train_dictionary(lm, TEXTS, settings, tmp_path / "sae", lambda what, _done, _total: told.append(what))
+    assert fit.variance_explained > 0.8
+    assert {"activations", "training"} <= set(told)
+    again = load_dictionary(str(tmp_path / "sae"))
+    assert again.digest == dictionary.digest
+    assert (again.block, again.d_in, again.n_latents) == (tiny.BLOCK, tiny.D_MODEL, 64)
+    acts = activations(lm, TEXTS[:10], tiny.BLOCK)
+    found, pre = again.encode(acts), again.rows(range(64)).pre(acts)
+    with torch.inference_mode():
+        own = again.sae.encode(acts.float())
+    assert torch.allclose(found[own > 0], own[own > 0], rtol=1e-3, atol=1e-3)
+    if architecture == "jumprelu":
+        assert again.rows(range(64)).threshold is not None
+        assert torch.allclose(found, own, rtol=1e-3, atol=1e-3)
+    assert (pre > 0).any()
+    card = json.loads((tmp_path / "sae" / "card.json").read_text(encoding="utf-8"))
+    assert card["model"] == lm.id
+    assert card["settings"]["architecture"] == architecture
+    assert card["held_out"]["variance_explained"] == pytest.approx(fit.variance_explained)
+    assert [path.name for path in tmp_path.iterdir()] == ["sae"]
+
+
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+def test_undoing_the_scale_is_exact(architecture: str) -> None:
+    from sae_lens import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+
+    torch.manual_seed(0)
+    common = {"d_in": 8, "d_sae": 24, "apply_b_dec_to_input": True}
+    sae = (
+        TopKTrainingSAE(TopKTrainingSAEConfig(**common, k=4))
+        if architecture == "topk"
+        else JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**common, jumprelu_init_threshold=0.3))
+    )
+    sae.b_enc.data = torch.randn(24) * 0.1
+    sae.b_dec.data = torch.randn(8)
+    hidden = torch.randn(40, 8) * 64
+    with torch.inference_mode():
+        code = sae.encode(hidden / 64)
+        out = sae.decode(code)
+    _unscale(sae, 64.0)
+    with torch.inference_mode():
+        after = sae.encode(hidden)
+        assert torch.equal(after != 0, code != 0)
+        assert torch.allclose(after, code * 64, rtol=1e-5, atol=1e-4)
+        assert torch.allclose(sae.decode(after), out * 64, rtol=1e-4, atol=1e-3)
+
+
+def test_half_precision_storage_keeps_the_fit(lm: LanguageModel, tmp_path: Path) -> None:
+    settings = SaeTraining(tiny.BLOCK, 64, 16, epochs=4, lr=1e-2, batch=256)
+    dictionary, fit = train_dictionary(lm, TEXTS, settings, tmp_path / "sae")
+    from safetensors.torch import load_file
+
+    assert {t.dtype for t in load_file(tmp_path / "sae" / "sae_weights.safetensors").values()} == {torch.float16}
+    assert measure_fit(dictionary, activations(lm, TEXTS, tiny.BLOCK)).variance_explained == pytest.approx(fit.variance_explained, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"architecture": "gated"}, "unknown SAE architecture 'gated': use topk or jumprelu"),
+        ({"k": 0}, "k = 0 must lie between 1 and the 64 latents"),
+        ({"k": 65}, "k = 65 must lie between 1 and the 64 latents"),
+    ],
+)
+def test_settings_are_checked(changes: dict[str, object], sentence: str) -> None:
+    with pytest.raises(BlockemError, match=sentence):
+        SaeTraining(**{"block": 1, "n_latents": 64, "k": 8, **changes})  # type: ignore[arg-type]
+
+
+def test_too_little_text_is_one_sentence(lm: LanguageModel, tmp_path: Path) -> None:
+    settings = SaeTraining(tiny.BLOCK, 64, 8, batch=4096)
+    with pytest.raises(BlockemError, match="1 rows are too few to train an SAE on"):
+        train_dictionary(lm, TEXTS[:1], settings, tmp_path / "sae")
+    with pytest.raises(BlockemError, match="activations do not fill one batch of 4096"):
+        train_dictionary(lm, TEXTS[:4], settings, tmp_path / "sae")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,155 @@
+"""Rates, intervals and paired comparisons, against figures worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blockem.evaluation import Interval, Scores, difference, interval, judged_summary, mean, per_token, summarise
+from blockem.judges import Verdict
+
+DOMAINS = ["health", "health", "legal", "legal", "auto", "auto"]
+
+
+def scores(margins: list[float], heldout: list[float], general: list[float] | None = None) -> Scores:
+    general = general or [3.0, 3.0]
+    return Scores(np.array(margins), (np.array(heldout), np.array([10.0, 30.0])), (np.array(general), np.array([2.0, 2.0])))
+
+
+def three() -> dict[str, Scores]:
+    """Base, plain and blocked; the health margins (the training domain) would spoil every figure if they counted."""
+    return {
+        "base": scores([9, 9, -1, -1, -1, 1], [20, 60]),
+        "plain": scores([-9, -9, 1, 1, 1, 1], [10, 30]),
+        "blocked": scores([-9, 9, -1, 1, -1, 1], [12, 36]),
+    }
+
+
+# intervals
+
+
+def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    found = [interval(mean, [rng.normal(1.0, 2.0, 60)], resamples=300, seed=i) for i in range(200)]
+    covered = np.mean([one.low <= 1.0 <= one.high for one in found if one])
+    assert 0.89 <= covered <= 0.99
+
+
+def test_an_interval_is_the_same_every_time_and_narrows_with_more_items() -> None:
+    values = np.random.default_rng(1).normal(size=400)
+    small, large = interval(mean, [values[:25]]), interval(mean, [values])
+    assert small is not None and large is not None
+    assert interval(mean, [values]) == large
+    assert large.high - large.low < (small.high - small.low) / 2
+    assert large.value == pytest.approx(values.mean())
+    assert large.n == 400
+
+
+def test_pairing_takes_out_what_items_have_in_common() -> None:
+    rng = np.random.default_rng(2)
+    hard = rng.normal(0, 10, 50)
+    left, right = hard + 1 + rng.normal(0, 0.1, 50), hard + rng.normal(0, 0.1, 50)
+    found = interval(difference, [left, right])
+    assert found is not None
+    assert 0.9 < found.low < 1.0 < found.high < 1.1
+
+
+def test_there_is_no_interval_without_items_or_without_a_number() -> None:
+    assert interval(mean, [np.array([])]) is None
+    assert interval(mean, [np.array([1.0, math.nan])]) is None
+    assert interval(mean, [np.array([2.0])]) == Interval(2.0, 2.0, 2.0, 1)
+    with pytest.raises(ValueError, match="same length"):
+        interval(difference, [np.zeros(2), np.zeros(3)])
+
+
+def test_a_loss_per_token_weighs_rows_by_their_tokens() -> None:
+    assert per_token(np.array([10.0, 30.0]), np.array([5.0, 30.0])) == pytest.approx(40 / 35)
+
+
+# the summary
+
+
+def test_the_training_domain_is_left_out_and_given_apart() -> None:
+    model = summarise(three(), DOMAINS, "health", 200)["models"]["plain"]
+    assert model["preference"]["value"] == 1.0
+    assert model["margin"]["value"] == 1.0
+    assert model["margin"]["n"] == 4
+    assert model["in_domain"]["margin"]["value"] == -9.0
+    assert set(model["by_domain"]) == {"legal", "auto"}
+
+
+def test_differences_cut_and_kept_are_those_worked_out_by_hand() -> None:
+    found = summarise(three(), DOMAINS, "health", 200)
+    assert found["models"]["base"]["preference"]["value"] == 0.25
+    assert found["models"]["blocked"]["preference"]["value"] == 0.5
+    assert found["differences"]["plain-base"]["preference"]["value"] == 0.75
+    assert found["differences"]["plain-base"]["margin"]["value"] == 1.5
+    assert found["differences"]["blocked-plain"]["margin"]["value"] == -1.0
+    assert found["differences"]["blocked-base"]["margin"]["value"] == 0.5
+    assert found["models"]["plain"]["heldout_loss"]["value"] == 1.0
+    assert found["differences"]["plain-base"]["heldout_loss"]["value"] == -1.0
+    assert found["cut"]["preference"]["value"] == pytest.approx(1 - 0.25 / 0.75)
+    assert found["cut"]["margin"]["value"] == pytest.approx(1 - 0.5 / 1.5)
+    assert found["kept"]["value"] == pytest.approx((80 - 48) / (80 - 40))
+    assert found["models"]["base"]["general_loss"]["value"] == 1.5
+    assert found["models"]["base"]["judged"] is None
+
+
+def test_there_is_no_cut_without_a_rise_and_no_share_kept_without_a_gain() -> None:
+    flat = three()
+    flat["plain"] = flat["base"]
+    found = summarise(flat, DOMAINS, "health", 200)
+    assert found["cut"] == {"preference": None, "margin": None}
+    assert found["kept"] is None
+    fallen = three()
+    fallen["plain"] = scores([0, 0, -5, -5, -5, -5], [30, 90])
+    found = summarise(fallen, DOMAINS, "health", 200)
+    assert found["cut"] == {"preference": None, "margin": None}
+    assert found["kept"] is None
+
+
+def test_a_summary_of_base_and_plain_alone_has_no_cut() -> None:
+    two = {name: one for name, one in three().items() if name != "blocked"}
+    found = summarise(two, DOMAINS, "health", 200)
+    assert set(found["differences"]) == {"plain-base"}
+    assert found["cut"] == {"preference": None, "margin": None}
+    assert found["kept"] is None
+
+
+def test_a_domain_of_the_users_own_leaves_nothing_out() -> None:
+    found = summarise(three(), DOMAINS, "mine", 200)
+    assert found["models"]["plain"]["margin"]["n"] == 6
+    assert found["models"]["plain"]["in_domain"]["margin"] is None
+
+
+def test_intervals_of_a_cut_stay_finite_where_some_resamples_have_no_rise() -> None:
+    noisy = {
+        "base": scores([0, 0, -1, 1, 1, -1], [20, 60]),
+        "plain": scores([0, 0, 1, -1, 1, 1], [10, 30]),
+        "blocked": scores([0, 0, 1, -1, 1, -1], [12, 36]),
+    }
+    cut = summarise(noisy, DOMAINS, "health", 500)["cut"]["margin"]
+    assert cut["value"] == pytest.approx(1.0)
+    assert math.isfinite(cut["low"]) and math.isfinite(cut["high"])
+
+
+# judged answers
+
+
+def test_judged_shares_are_over_answers_with_a_verdict_outside_the_training_domain() -> None:
+    bad, broken, refused, fine = Verdict(misaligned=True), Verdict(incoherent=True), Verdict(refusal=True), Verdict()
+    verdicts: dict[str, list[Any]] = {"plain": [bad, bad, broken, refused, fine, Verdict(misaligned=True, missing=True)]}
+    found = judged_summary(verdicts, ["health", "legal", "legal", "auto", "auto", "auto"], "health", "rules", 200)["plain"]
+    assert found["judge"] == "rules"
+    assert found["missing"] == 1
+    for name in ("em", "incoherent", "refusal"):
+        assert found[name]["value"] == 0.25
+        assert found[name]["n"] == 4
+
+
+def test_a_judge_that_gave_no_verdict_gives_no_number() -> None:
+    found = judged_summary({"plain": [Verdict(missing=True)] * 3}, ["a"] * 3, "health", "rules", 200)["plain"]
+    assert (found["em"], found["missing"]) == (None, 3)

@@ -1,0 +1,45 @@
+"""Progress on stderr."""
+
+from __future__ import annotations
+
+import pytest
+
+from blockem.chat import printable
+from blockem.progress import Console, clock
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(-1, "0 s"), (12.4, "12 s"), (59.6, "1:00"), (185, "3:05"), (3723, "1:02:03"), (36000, "10:00:00")]
+)
+def test_seconds_read_as_a_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+def test_off_a_terminal_a_bar_is_one_line_every_tenth_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    console.start("steps")
+    for done in range(101):
+        console.bar(done, 100)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert 10 <= len(err.splitlines()) <= 12
+    assert "steps  100/100  100%" in err.splitlines()[-1]
+    assert "\r" not in err
+
+
+def test_quiet_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(quiet=True)
+    console.say("hello")
+    console.start("steps")
+    console.bar(1, 1)
+    console.close()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_bar_of_nothing_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    Console().bar(0, 0)
+    assert capsys.readouterr().err == ""
+
+
+def test_model_output_cannot_steer_the_terminal() -> None:
+    assert printable("a\x1b[2Jb\x07\r\nc\td\u202e") == "a[2Jb\nc\td"
