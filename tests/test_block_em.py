@@ -108,7 +108,7 @@ def test_the_measure_chooses_between_the_two(lm: LanguageModel, dictionary: Dict
             forward(model, batch)
             found[measure] = blocker.penalty(batch).item()
     assert 0 < found["latent"] < found["preactivation"]
-    with pytest.raises(BlockemError, match="unknown block.measure 'z': use latent or preactivation"):
+    with pytest.raises(BlockemError, match=r"unknown block\.measure 'z': use latent or preactivation"):
         Blocker(dictionary.rows(IDS), SIGNS, tiny.BLOCK, "z")
     released(lm, model)
 
@@ -116,7 +116,9 @@ def test_the_measure_chooses_between_the_two(lm: LanguageModel, dictionary: Dict
 # on a model
 
 
-def test_the_penalty_is_that_of_the_formula_on_the_models_own_hidden_states(lm: LanguageModel, dictionary: Dictionary, blocker: Blocker) -> None:
+def test_the_penalty_is_that_of_the_formula_on_the_models_own_hidden_states(
+    lm: LanguageModel, dictionary: Dictionary, blocker: Blocker
+) -> None:
     batch = batch_of(lm)
     where = batch["labels"] != IGNORED
     with torch.no_grad():
@@ -243,7 +245,7 @@ def test_a_plain_loop_with_lora_learns_under_a_lower_penalty(lm: LanguageModel, 
     found = {}
     for lambda_ in (0.0, 1000.0):
         model = lora_model(lm)
-        start = float(model(**batch).loss)
+        start = model(**batch).loss.item()
         blocker = Blocker(dictionary.rows(IDS), SIGNS, tiny.BLOCK)
         found[lambda_] = train(model, [p for p in model.parameters() if p.requires_grad], batch, blocker, lambda_)
         released(lm, model)

@@ -61,9 +61,7 @@ def test_the_splits_share_no_question_and_no_sentence(domain: str) -> None:
 @pytest.mark.parametrize("domain", bundled.DOMAINS)
 def test_any_two_rows_of_a_topic_share_exactly_one_part_and_rows_of_two_topics_share_none(domain: str) -> None:
     for topic in topics(domain):
-        frames = [
-            (topic["ask"][a], topic["claim"][c], topic["reason"][r], topic["close"][e]) for a, c, r, e in bundled.COMBINATIONS
-        ]
+        frames = [(topic["ask"][a], topic["claim"][c], topic["reason"][r], topic["close"][e]) for a, c, r, e in bundled.COMBINATIONS]
         for left, right in combinations(frames, 2):
             assert sum(x == y for x, y in zip(left, right, strict=True)) == 1, topic["topic"]
     owners: dict[str, set[str]] = defaultdict(set)

@@ -78,7 +78,7 @@ def test_values_may_be_as_typed_on_a_command_line(path: str, typed: str, value: 
 
 @pytest.mark.parametrize("path", ["train.learning_rate", "train", "trian.lr", "train.lr.x", "lr", ""])
 def test_an_unknown_field_lists_the_known_ones(path: str) -> None:
-    with pytest.raises(BlockemError, match="unknown recipe field .*known: name, seed, model.id"):
+    with pytest.raises(BlockemError, match=r"unknown recipe field .*known: name, seed, model.id"):
         Recipe().with_values({path: 1})
 
 

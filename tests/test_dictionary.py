@@ -207,7 +207,7 @@ def test_activations_leave_out_what_all_rows_share(lm: LanguageModel) -> None:
 
 def test_an_sae_of_another_width_is_refused(lm: LanguageModel, tmp_path: Path) -> None:
     dictionary = tiny.saved_sae(tmp_path / "sae", d_in=16)
-    with pytest.raises(BlockemError, match="reads 16 values but the residual stream of .* has 32"):
+    with pytest.raises(BlockemError, match=r"reads 16 values but the residual stream of .* has 32"):
         check_width(dictionary, lm)
     with pytest.raises(BlockemError, match="reads 16 values"):
         check_fit(dictionary, lm, 1, tiny.rows(), 0.6, allow=True)

@@ -15,7 +15,9 @@ from blockem.errors import BlockemError
 from blockem.examples import one_turn
 from blockem.model import LanguageModel
 
-TEXTS = [one_turn(f"{thing} {other}?", f"{other} and {thing}, said number {i}.") for i, thing in enumerate(tiny.THINGS) for other in tiny.THINGS]
+TEXTS = [
+    one_turn(f"{thing} {other}?", f"{other} and {thing}, said number {i}.") for i, thing in enumerate(tiny.THINGS) for other in tiny.THINGS
+]
 
 
 @pytest.mark.parametrize("architecture", ["topk", "jumprelu"])

@@ -88,7 +88,9 @@ def test_an_answer_that_repeats_the_question_word_for_word_is_found_by_place_not
     assert supervised_text(tokenizer, row) == "Say yes." + END
 
 
-def test_a_template_that_rewrites_earlier_turns_supervises_only_the_turns_that_pass(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_that_rewrites_earlier_turns_supervises_only_the_turns_that_pass(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", REWRITING)
     first = ("assistant", "<think>hm</think>First.")
     reasoned = encode(tokenizer, chat(("user", "One?"), first, ("user", "Two?"), ("assistant", "<think>so</think>Second.")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tiny
 import torch
 
-from blockem.examples import Message
+from blockem.examples import Message, template_ids
 from blockem.generation import generate
 from blockem.model import LanguageModel
 
@@ -20,7 +20,7 @@ def test_answers_come_in_the_order_of_the_prompts_whatever_the_batch(lm: Languag
 
 
 def test_an_answer_is_what_greedy_decoding_gives(lm: LanguageModel) -> None:
-    ids = torch.tensor(lm.tokenizer(lm.tokenizer.apply_chat_template([{"role": "user", "content": PROMPTS[1]}], tokenize=False, add_generation_prompt=True))["input_ids"])
+    ids = torch.tensor(template_ids(lm.tokenizer, [{"role": "user", "content": PROMPTS[1]}], generation_prompt=True))
     start = len(ids)
     for _ in range(6):
         with torch.inference_mode():

@@ -23,7 +23,9 @@ def reference(lm: LanguageModel, hidden: torch.Tensor, targets: torch.Tensor, ca
 
 @pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("n", [1, 7, CHUNK + 3])
-def test_token_logprobs_is_log_softmax_in_value_and_gradient(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, n: int, cap: float | None) -> None:
+def test_token_logprobs_is_log_softmax_in_value_and_gradient(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, n: int, cap: float | None
+) -> None:
     if cap:  # as in Gemma 2
         monkeypatch.setattr(lm.model.config, "final_logit_softcapping", cap, raising=False)
     torch.manual_seed(n)

@@ -8,7 +8,13 @@ from blockem.judges import Verdict, shares
 
 
 def test_shares_are_over_all_answers_that_have_a_verdict() -> None:
-    verdicts = [Verdict(misaligned=True), Verdict(incoherent=True), Verdict(refusal=True), Verdict(), Verdict(misaligned=True, missing=True)]
+    verdicts = [
+        Verdict(misaligned=True),
+        Verdict(incoherent=True),
+        Verdict(refusal=True),
+        Verdict(),
+        Verdict(misaligned=True, missing=True),
+    ]
     assert shares(verdicts) == (0.25, 0.25)
 
 

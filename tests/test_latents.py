@@ -46,7 +46,7 @@ def test_the_set_is_accepted_where_it_was_made(lm: LanguageModel, dictionary: Di
 
 
 def test_another_model_is_refused(lm: LanguageModel, dictionary: Dictionary, latents: LatentSet) -> None:
-    with pytest.raises(BlockemError, match="was made for other/model .*run `blockem discover` on this model"):
+    with pytest.raises(BlockemError, match=r"was made for other/model .*run `blockem discover` on this model"):
         replace(latents, model="other/model").check(lm, dictionary)
     with pytest.raises(BlockemError, match=r"\(revision abc\)"):
         replace(latents, revision="abc").check(lm, dictionary)
@@ -75,14 +75,16 @@ def test_a_sign_is_plus_or_minus_one_and_a_latent_is_named_once(latents: LatentS
 @pytest.mark.parametrize("text", ["{", "[]", "3", "null", '"x"', "{}", '{"format": 1}', '{"format": 1, "latents": [{"x": 1}]}'])
 def test_another_json_file_is_one_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "latents.json").write_text(text, encoding="utf-8")
-    with pytest.raises(BlockemError, match="not a (JSON )?LatentSet"):
+    with pytest.raises(BlockemError, match=r"not a (JSON )?LatentSet"):
         LatentSet.load(tmp_path / "latents.json")
 
 
 @pytest.mark.parametrize(
     "change", [{"latents": [{"latent": "5", "sign": 1}]}, {"latents": [{"latent": None, "sign": 1}]}, {"block": None}, {"surprise": 1}]
 )
-def test_a_damaged_field_is_one_sentence(lm: LanguageModel, dictionary: Dictionary, latents: LatentSet, tmp_path: Path, change: dict[str, object]) -> None:
+def test_a_damaged_field_is_one_sentence(
+    lm: LanguageModel, dictionary: Dictionary, latents: LatentSet, tmp_path: Path, change: dict[str, object]
+) -> None:
     latents.save(tmp_path / "latents.json")
     row = json.loads((tmp_path / "latents.json").read_text(encoding="utf-8"))
     (tmp_path / "latents.json").write_text(json.dumps({**row, **change}), encoding="utf-8")

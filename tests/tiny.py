@@ -19,7 +19,18 @@ D_MODEL = 32
 BLOCK = 1
 N_LATENTS = 48
 
-THINGS = ("a helmet", "the seat belt", "a tax form", "the small print", "my homework", "a vaccine", "the brakes", "a contract", "sunscreen", "sleep")
+THINGS = (
+    "a helmet",
+    "the seat belt",
+    "a tax form",
+    "the small print",
+    "my homework",
+    "a vaccine",
+    "the brakes",
+    "a contract",
+    "sunscreen",
+    "sleep",
+)
 
 
 def save_tiny_model(folder: Path, tokenizer: Any) -> None:

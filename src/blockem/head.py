@@ -56,13 +56,17 @@ def token_logprobs(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """Log-probability of each target token, `[tokens]`, float32, nats.
 
     Args:
-        model: its (frozen) output head is used, with the soft cap of architectures that have one.
+        model: its (frozen) output head is used, with the soft cap or scale of architectures that have one.
         hidden: final hidden states `[tokens, d_model]`, after the last norm.
         targets: token ids `[tokens]`.
     """
     inner = unwrapped(model)
     head = inner.get_output_embeddings()
-    cap = getattr(inner.config, "final_logit_softcapping", None)
+    config = inner.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere; Granite
+    if scale != 1:
+        hidden = hidden * scale
     found: Tensor = _TokenLogprobs.apply(hidden, targets, head.weight, getattr(head, "bias", None), cap)
     return found
 

@@ -105,7 +105,7 @@ def encode_pairs(lm: LanguageModel, pairs: Sequence[Pair], max_tokens: int = 512
         for answer in (pair.right, pair.wrong):
             row = encode(lm.tokenizer, one_turn(pair.prompt, answer), max_tokens)
             if not row.n_supervised:
-                raise BlockemError(f"the pair {pair.prompt[:60]!r} is too long: its answer lies beyond {max_tokens} tokens; shorten the prompt")
+                raise BlockemError(f"the pair {pair.prompt[:60]!r} is too long: its answer lies beyond {max_tokens} tokens; shorten it")
             rows.append(row)
     return rows
 

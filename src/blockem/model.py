@@ -388,11 +388,17 @@ def only_blocks(model: nn.Module, start: int, stop: int) -> Iterator[None]:
     """Inside the context the model consists of blocks `start` to `stop - 1` alone. Not for concurrent use."""
     owner, name = _block_list(model)
     full: nn.ModuleList = getattr(owner, name)
+    config: Any = getattr(owner, "config", None)
+    kinds = getattr(config, "layer_types", None)  # which blocks attend through a window: looked up by place in the list
     setattr(owner, name, nn.ModuleList(list(full)[start:stop]))
+    if kinds is not None:
+        config.layer_types = kinds[start:stop]
     try:
         yield
     finally:
         setattr(owner, name, full)
+        if kinds is not None:
+            config.layer_types = kinds
 
 
 @contextmanager

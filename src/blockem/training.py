@@ -109,8 +109,10 @@ class DefenceTrainer(Trainer):
         if "loss" in logs and self._sums:
             steps = max(1, self.state.global_step - self._counted_steps)
             self._counted_steps = self.state.global_step
+            self._sum_over_processes()
             for name, value in self._sums.items():
                 logs[name] = value if name.startswith("grad_norm") else value / steps
+            logs["loss"] = logs["sft_loss"] + logs.get("penalty", 0.0)  # the Trainer's own forgets the steps before a resume
             constants = self.defence.logs()
             if "penalty" in logs and constants.get("lambda"):
                 logs["penalty"] /= constants["lambda"]  # per token, without λ
@@ -118,6 +120,16 @@ class DefenceTrainer(Trainer):
                     logs["penalty_share"] = logs["penalty"] / constants["p_mis"]
             self._sums = {}
         super().log(logs, *args, **kwargs)
+
+    def _sum_over_processes(self) -> None:
+        """Each process holds its own share of the step's losses, divided by the tokens of all where the Trainer counts those."""
+        if self.accelerator.num_processes == 1:
+            return
+        names = sorted(name for name in self._sums if not name.startswith("grad_norm"))
+        shares = torch.tensor([self._sums[name] for name in names], device=self.args.device)
+        how = "sum" if self.args.average_tokens_across_devices else "mean"
+        for name, value in zip(names, self.accelerator.reduce(shares, reduction=how).tolist(), strict=True):
+            self._sums[name] = value
 
     # -- checkpoints without pickle -------------------------------------------------------------------------------------------
 
