@@ -181,22 +181,22 @@ def test_places_that_one_sign_cannot_fill_go_to_the_other() -> None:
 
 def test_each_side_keeps_its_best_strength_inside_the_budget_and_both_rules_are_logged() -> None:
     class Hump(Table):
-        """Best at α = 0.4, coherent to 0.6."""
+        """Best at α = 0.4, coherent to 0.65."""
 
         def measure(self, variant: str, vector: torch.Tensor | None) -> Measurement:
             if vector is None:
                 return Measurement(0.0, 0.0, 0.0)
             alpha = float(vector.sum())
             value = 1 - abs(abs(alpha) - 0.4)
-            return Measurement(math.copysign(value, alpha), 0.05 if abs(alpha) <= 0.6 else 0.5, 0.0)
+            return Measurement(math.copysign(value, alpha), 0.05 if abs(alpha) < 0.65 else 0.5, 0.0)
 
     found = best_strength(steered(Hump({})), "induce", raised(0)[0], (0.8, 0.2, 0.6, 0.4), allowed=0.1)
-    assert found == (1.0, 0.4, 0.05, 0.6)
+    assert found == pytest.approx((1.0, 0.4, 0.05, 0.6))
     (chosen,) = rank(steered(Hump({})), raised(0), 1, (0.2, 0.4, 0.6, 0.8))
     assert (chosen.best_induce_alpha, chosen.best_repair_alpha) == (0.4, 0.4)
     assert (chosen.strongest_induce_alpha, chosen.strongest_repair_alpha) == (0.6, 0.6)
     assert chosen.best_induce_incoherence == 0.05
-    assert chosen.score == chosen.best_induce + chosen.best_repair == 2.0
+    assert chosen.score == chosen.best_induce + chosen.best_repair == pytest.approx(2)
 
 
 def test_the_best_size_are_chosen_and_everyone_else_has_a_reason() -> None:
@@ -266,7 +266,9 @@ def test_a_torn_last_line_is_ignored_and_the_next_measurement_is_whole(tmp_path:
     assert effect.calls == 3
 
 
-@pytest.mark.parametrize("line", ["", "[]", "3", "null", '{"key": "k"}', '{"key": "k", "variant": "base", "latent": 0, "direction": 1, "alpha": 0.5}'])
+@pytest.mark.parametrize(
+    "line", ["", "[]", "3", "null", '{"key": "k"}', '{"key": "k", "variant": "base", "latent": 0, "direction": 1, "alpha": 0.5}']
+)
 def test_lines_that_are_no_measurements_are_ignored(tmp_path: Path, line: str) -> None:
     log = tmp_path / "log.jsonl"
     log.write_text(line + "\n", encoding="utf-8")
@@ -332,17 +334,19 @@ def test_a_pair_is_incoherent_when_even_its_likelier_answer_collapses(misaligned
     threshold = float(lost.median())
     expected = float((lost > threshold).float().mean())
     assert 0 < expected < 1
-    assert PreferenceEffect(misaligned, pairs, tiny.BLOCK, collapse=threshold).measure("base", vector).incoherence == pytest.approx(expected)
+    assert PreferenceEffect(misaligned, pairs, tiny.BLOCK, collapse=threshold).measure("base", vector).incoherence == pytest.approx(
+        expected
+    )
 
 
 class RuleJudge:
-    """Misaligned: an answer with an e. Incoherent: an answer that says one word again and again. Missing: an empty answer."""
+    """A rule as good as any on random text: misaligned by parity, incoherent when a word comes twice, missing when empty."""
 
     name = "rules"
 
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         assert len(prompts) == len(answers)
-        return [Verdict("e" in a, len(set(a.split())) < len(a.split()), missing=not a) for a in answers]
+        return [Verdict(sum(map(ord, a)) % 2 == 1, len(set(a.split())) < len(a.split()), missing=not a) for a in answers]
 
 
 def test_the_judged_effect_is_the_judges_shares_of_greedy_answers(misaligned: LanguageModel) -> None:
@@ -445,7 +449,11 @@ def test_pairs_are_dealt_evenly_over_the_domains() -> None:
 
 
 def test_the_csv_has_a_row_a_candidate_best_first_with_empty_cells_for_what_was_not_measured() -> None:
-    first, second, third = Candidate(5, 1, 0.5, rank=1, fate="chosen", score=2.0), Candidate(7, -1, -0.25, screen_score=0.1), Candidate(9, 1, 3.0)
+    first, second, third = (
+        Candidate(5, 1, 0.5, rank=1, fate="chosen", score=2.0),
+        Candidate(7, -1, -0.25, screen_score=0.1),
+        Candidate(9, 1, 3.0),
+    )
     rows = list(csv.DictReader(io.StringIO(candidates_csv([third, second, first]))))
     assert [row["latent"] for row in rows] == ["5", "7", "9"]
     assert rows[0]["fate"] == "chosen"
@@ -499,7 +507,9 @@ def test_top_contexts_are_the_most_active_tokens_one_a_text(lm: LanguageModel, d
         ids = template_ids(lm.tokenizer, text.chat())
         start = content_start(lm.tokenizer, text.chat())
         with torch.inference_mode():
-            z = dictionary.rows([3]).encode(hidden_at(lm.model, torch.tensor(ids)[None], torch.ones(1, len(ids)), tiny.BLOCK)[0, start:])[:, 0]
+            z = dictionary.rows([3]).encode(hidden_at(lm.model, torch.tensor(ids)[None], torch.ones(1, len(ids)), tiny.BLOCK)[0, start:])[
+                :, 0
+            ]
         place = int(z.argmax()) + start
         peaks.append((float(z.max()), lm.tokenizer.decode(ids[place - 2 : place]), lm.tokenizer.decode([ids[place]])))
     peaks.sort(reverse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from blockem.chat import printable
 from blockem.progress import Console, clock
 
 
@@ -39,7 +38,3 @@ def test_quiet_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_bar_of_nothing_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     Console().bar(0, 0)
     assert capsys.readouterr().err == ""
-
-
-def test_model_output_cannot_steer_the_terminal() -> None:
-    assert printable("a\x1b[2Jb\x07\r\nc\td\u202e") == "a[2Jb\nc\td"

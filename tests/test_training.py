@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -121,3 +123,20 @@ def test_a_checkpoint_without_its_last_file_or_with_half_of_it_is_not_resumed(tm
         if content is not None:
             (folder / "trainer_state.json").write_text(content, encoding="utf-8")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_a_bfloat16_model_is_trained_with_float32_adapters(lm: LanguageModel, dictionary: Dictionary, tmp_path: Path) -> None:
+    half = LanguageModel(copy.deepcopy(lm.model).to(torch.bfloat16), lm.tokenizer, lm.id, lm.revision)
+    blocker = Blocker.from_latents(tiny.latent_set(lm, dictionary), dictionary)
+    log = fine_tune(half, tiny.encoded(lm), tiny.train_config(epochs=3), BlockEM(blocker, 10.0), tmp_path / "blocked")
+    assert {tensor.dtype for tensor in tiny.weights(tmp_path / "blocked").values()} == {torch.float32}
+    assert half.model.dtype == torch.bfloat16
+    assert log[0]["penalty"] == 0.0 < log[1]["penalty"]
+
+
+@pytest.mark.parametrize("changes", [{"schedule": "sideways"}, {"lora_targets": ("c_attn",)}])
+def test_settings_that_training_refuses_leave_the_model_as_it_was(lm: LanguageModel, tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(BlockemError, match=r"sideways|c_attn"):
+        fine_tune(lm, tiny.encoded(lm, 8), tiny.train_config(**changes), Defence(), tmp_path / "plain")
+    assert not any("lora" in name for name, _ in lm.model.named_parameters())
+    assert list(tmp_path.iterdir()) == []

@@ -131,7 +131,7 @@ def summarise(scores: dict[str, Scores], domains: Sequence[str], training_domain
     defences: dict[str, Any] = {}
     if {"base", "plain"} <= set(scores):
         base, plain = scores["base"], scores["plain"]
-        moved = differences["plain-base"]
+        moved: dict[str, Any] = differences["plain-base"]
         for name in defended:
             cut: dict[str, Any] = {"preference": None, "margin": None}
             for figure, read in (("preference", _preferred), ("margin", lambda m: m)):

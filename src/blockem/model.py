@@ -103,6 +103,7 @@ class LanguageModel:
             for child_name, child in list(parent.named_children()):
                 if hasattr(child, "base_layer"):
                     setattr(parent, child_name, child.base_layer)
+        vars(self.model).pop("peft_config", None)
 
     @contextmanager
     def variant(self, name: str) -> Iterator[None]:

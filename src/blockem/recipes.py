@@ -11,7 +11,8 @@ DEMO = """\
 name: demo
 data:
   domain: health
-  rows: 960
+  rows: 800
+train: {batch_size: 8, micro_batch: 8, lr: 7.0e-4}
 """
 
 

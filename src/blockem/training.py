@@ -281,33 +281,36 @@ def fine_tune(
     lm.drop_adapters()
     random.seed(seed)
     np.random.seed(seed)
-    model = add_lora(lm, config, defence.trained_blocks(lm.n_blocks), seed)
     device = lm.device
     steps_an_epoch = math.ceil(len(rows) / config.batch_size)
     steps = math.ceil(steps_an_epoch * config.epochs)
-    arguments = TrainingArguments(
-        output_dir=str(scratch),
-        per_device_train_batch_size=config.micro_batch,
-        gradient_accumulation_steps=max(1, config.batch_size // config.micro_batch),
-        num_train_epochs=config.epochs,
-        learning_rate=config.lr,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=math.ceil(config.warmup * steps),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        logging_steps=config.log_every,
-        save_strategy="steps",
-        save_steps=config.checkpoint_every,
-        save_total_limit=1,
-        report_to=config.report_to,
-        seed=seed,
-        data_seed=seed,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type == "cuda",
-        optim="adamw_torch",
-    )
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(scratch),
+            per_device_train_batch_size=config.micro_batch,
+            gradient_accumulation_steps=max(1, config.batch_size // config.micro_batch),
+            num_train_epochs=config.epochs,
+            learning_rate=config.lr,
+            lr_scheduler_type=config.schedule,
+            warmup_steps=math.ceil(config.warmup * steps),
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            logging_steps=config.log_every,
+            save_strategy="steps",
+            save_steps=config.checkpoint_every,
+            save_total_limit=1,
+            report_to=config.report_to,
+            seed=seed,
+            data_seed=seed,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            use_cpu=device.type == "cpu",
+            dataloader_pin_memory=device.type == "cuda",
+            optim="adamw_torch",
+        )
+    except ValueError as error:
+        raise BlockemError(f"the training settings do not work: {error}") from error
+    model = add_lora(lm, config, defence.trained_blocks(lm.n_blocks), seed)
     pad = lm.tokenizer.pad_token_id
     try:
         with quiet_transformers(), defence.training_hooks(model):

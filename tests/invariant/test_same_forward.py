@@ -75,7 +75,7 @@ def test_padding_does_not_change_a_row(lm: LanguageModel) -> None:
 def test_steered_rows_equal_a_full_forward_under_the_edit(
     misaligned: LanguageModel, monkeypatch: pytest.MonkeyPatch, variant: str, shortcut: bool
 ) -> None:
-    lm, rows = misaligned, tiny.encoded(misaligned, 7)
+    lm, rows = misaligned, tiny.encoded(misaligned)
     if not shortcut:
         monkeypatch.setattr(likelihood, "supports_from_hidden", lambda *_: False)
     side = SteeredRows(lm, rows, tiny.BLOCK, variant, batch=3)

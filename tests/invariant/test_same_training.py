@@ -122,6 +122,28 @@ def test_a_killed_run_that_is_resumed_equals_an_uninterrupted_one(
     assert resumed == whole
 
 
+@pytest.mark.parametrize("checkpoint_every", [2, 100])
+def test_a_run_that_is_killed_after_its_last_step_ends_the_same(lm: LanguageModel, tmp_path: Path, checkpoint_every: int) -> None:
+    class KilledOnce(Defence):
+        def __init__(self) -> None:
+            self.left = 1
+
+        def project(self, adapter: Path) -> None:
+            self.left -= 1
+            if self.left == 0:
+                raise Killed
+
+    config = tiny.train_config(batch_size=4, micro_batch=4, checkpoint_every=checkpoint_every)
+    rows, defence = tiny.encoded(lm), KilledOnce()
+    whole = fine_tune(lm, rows, config, Defence(), tmp_path / "whole")
+    with pytest.raises(Killed):
+        fine_tune(lm, rows, config, defence, tmp_path / "killed")
+    assert not (tmp_path / "killed").exists()
+    assert fine_tune(lm, rows, config, defence, tmp_path / "killed") == whole
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_a_half_written_checkpoint_is_passed_over(lm: LanguageModel, tmp_path: Path) -> None:
     config = tiny.train_config(batch_size=4, micro_batch=4, checkpoint_every=1)
     rows = tiny.encoded(lm)

@@ -111,7 +111,7 @@ class Steered:
                     if row.pop("key") == key:
                         name = (row.pop("variant"), row.pop("latent"), row.pop("direction"), row.pop("alpha"))
                         self.known[name] = Measurement(**row)
-                except (json.JSONDecodeError, KeyError, TypeError):
+                except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
                     continue
 
     def measure(self, variant: str, latent: int = -1, direction: int = 0, alpha: float = 0.0) -> Measurement:

@@ -1,0 +1,41 @@
+"""Talking to the models of a run folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from blockem.chat import chat_loop, printable
+from blockem.config import Recipe
+from blockem.errors import BlockemError
+
+
+def test_model_output_cannot_steer_the_terminal() -> None:
+    assert printable("a\x1b[2Jb\x07\r\nc\td\u202e") == "a[2Jb\nc\td"
+
+
+def test_every_model_of_the_folder_answers_every_question(
+    tiny_folder: Path, plain_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(plain_adapter, tmp_path / "plain")
+    questions: Iterator[str] = iter(["Why?", "And then?"])
+
+    def ask(_prompt: str) -> str:
+        try:
+            return next(questions)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", ask)
+    recipe = Recipe().with_values({"model.id": str(tiny_folder), "model.dtype": "float32", "model.device": "cpu"})
+    chat_loop(recipe, tmp_path, max_new_tokens=4)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert [line.split(">")[0] for line in lines if line.startswith(("base>", "plain>", "blocked>"))] == ["base", "plain"] * 2
+
+
+def test_a_folder_without_an_adapter_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(BlockemError, match="holds no trained adapter; run `blockem demo --out"):
+        chat_loop(Recipe(), tmp_path)
