@@ -116,6 +116,8 @@ class TrainConfig:
         for name in ("lora_r", "lora_alpha", "batch_size", "micro_batch", "log_every", "checkpoint_every"):
             _need(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; it must be positive")
         _need(self.lr > 0 and self.epochs > 0, "train.lr and train.epochs must be positive")
+        _need(0 <= self.warmup < 1, f"train.warmup is {self.warmup}; it is a share of the steps, from 0 to below 1")
+        _need(self.probe_every >= 0, f"train.probe_every is {self.probe_every}; use 0 for never")
         _need(
             self.batch_size % self.micro_batch == 0,
             f"train.batch_size ({self.batch_size}) must be a multiple of train.micro_batch ({self.micro_batch})",
@@ -132,17 +134,17 @@ class DiscoverConfig:
     """How misalignment is measured: `preference` (no generation) or `judged` generations."""
     pool: int = 250
     """Candidates a sign after stage 1."""
-    prescreen: int = 40
+    prescreen: int = 32
     """Of the pool, so many go on by first-order attribution (0: all; preference only)."""
-    keep: int = 24
+    keep: int = 22
     """Latents that go on from stage 2, half of each sign."""
     size: int = 20
     """|K|: how many are blocked."""
-    alpha_induce: float = 0.4
+    alpha_induce: float = 0.25
     """Strength of the induce test of stage 2 (published: 0.7, which breaks the embedded model)."""
     alpha_repair: float = 0.4
     """Strength of the repair test."""
-    strengths: tuple[float, ...] = (0.2, 0.4)
+    strengths: tuple[float, ...] = (0.25, 0.4)
     """Strengths that stage 3 sweeps; published: 0.05 to 0.75 in steps of 0.05."""
     budget: float = 0.10
     """Incoherence allowed; or the model's own + 10 points if that is more."""
@@ -157,6 +159,7 @@ class DiscoverConfig:
         for name in ("pool", "keep", "size", "pairs"):
             _need(getattr(self, name) > 0, f"discover.{name} is {getattr(self, name)}; it must be positive")
         _need(bool(self.strengths) and min(self.strengths) > 0, "discover.strengths needs at least one positive number")
+        _need(min(self.alpha_induce, self.alpha_repair) > 0, "discover.alpha_induce and discover.alpha_repair must be positive")
         _need(0 <= self.budget <= 1, f"discover.budget is {self.budget}; it is a share between 0 and 1")
 
 
@@ -199,6 +202,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         _need(self.resamples >= 100, f"evaluate.resamples is {self.resamples}; use at least 100")
         _need(self.max_new_tokens > 0, "evaluate.max_new_tokens must be positive")
+        _need(self.temperature >= 0, f"evaluate.temperature is {self.temperature}; 0 is greedy")
 
 
 @dataclass(frozen=True)
