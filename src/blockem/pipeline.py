@@ -281,7 +281,7 @@ def discover_step(session: Session, misaligned: Path | None = None) -> dict[str,
         scratch = session.run / ".deltas.safetensors"
         save_file({"delta": found.delta.contiguous(), "frequency": found.frequency.contiguous()}, scratch)
         scratch.replace(session.run / "deltas.safetensors")
-        texts = general + [one_turn(p.prompt, answer, p.domain) for p in pairs for answer in (p.right, p.wrong)]
+        texts = general + [one_turn(p.prompt, p.wrong if i % 2 else p.right, p.domain) for i, p in enumerate(pairs)]
         ids = found.latents.ids
         tokens = promoted_tokens(lm, session.dictionary, ids)
         contexts = top_contexts(lm, session.dictionary, ids, recipe.sae.block, texts)

@@ -145,7 +145,13 @@ def test_a_run_folder_in_use_is_left_alone(tmp_path: Path, data: Path) -> None:
 def test_ctrl_c_ends_with_130_and_the_run_goes_on_later(tmp_path: Path) -> None:
     out = tmp_path / "run"
     recipe = write_recipe(tmp_path)
-    with subprocess.Popen(command("sft", recipe, "--out", out), stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        command("sft", recipe, "--out", out),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job is started with it ignored
+    ) as process:
         while not any((out / "plain.making").glob("checkpoint-*/trainer_state.json")):
             assert process.poll() is None
             time.sleep(0.05)
