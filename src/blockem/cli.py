@@ -184,9 +184,10 @@ def discover(
     quiet: Quiet = False,
 ) -> None:
     """Find the latents that carry misalignment (stages 1 to 3); writes OUT/latents.json and OUT/latents.csv."""
-    from blockem.pipeline import discover_step, sae_step
+    from blockem.pipeline import adapter_key, discover_step, sae_step
 
     def work(session: Session) -> Any:
+        adapter_key(misaligned or session.run / "plain")  # before the minutes that follow
         sae_step(session)
         return discover_step(session, misaligned)
 

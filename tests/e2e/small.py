@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -45,6 +46,21 @@ def blockem(*words: object, timeout: float = 600, **options: object) -> subproce
     """Run a command to its end and return what it printed."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command(*words), capture_output=True, text=True, timeout=timeout, env=environment, check=False, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def close(left: object, right: object) -> bool:
+    """Equal in everything but the last digits of floats.
+
+    Two processes may sum a matrix product in another order (seen: 1e-5 in a Δ, on one machine), so that floats are compared to a part in a
+    thousand, and names, counts, signs, strengths, texts and structure exactly.
+    """
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(close(left[k], right[k]) for k in left)
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(close, left, right))
+    if isinstance(left, float) and isinstance(right, float):
+        return math.isclose(left, right, rel_tol=1e-3, abs_tol=1e-3)
+    return left == right
 
 
 def lasting(summary: dict[str, object]) -> dict[str, object]:
