@@ -8,6 +8,7 @@ command goes on where it stopped, and a changed recipe redoes just what it touch
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 import time
@@ -486,10 +487,8 @@ def write_summary(session: Session) -> dict[str, Any]:
         return found
 
     def rows(name: str) -> list[dict[str, Any]]:
-        from blockem.examples import read_rows
-
-        path = run / f"training-{name}.jsonl"
-        return [row for _, row in read_rows(path)] if path.is_file() else []
+        lines = (run / f"training-{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
 
     evaluation = read_json(run / "evaluation.json", "evaluation (run `blockem evaluate` first)")
     cards = {card["latent"]: card for card in read_json(run / "cards.json")} if (run / "cards.json").is_file() else {}

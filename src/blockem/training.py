@@ -295,7 +295,7 @@ def fine_tune(
             warmup_steps=math.ceil(config.warmup * steps),
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
-            logging_steps=config.log_every,
+            logging_steps=min(config.log_every, steps),
             save_strategy="steps",
             save_steps=config.checkpoint_every,
             save_total_limit=1,
