@@ -183,19 +183,12 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=False)
 
 
-def test_help_is_instant_and_teaches() -> None:
-    blockem("--help")
-    began = time.monotonic()
+def test_help_teaches_and_imports_nothing_heavy() -> None:
     done = blockem("--help")
-    assert time.monotonic() - began < 2  # 0.1 s alone; the mark of 0.5 s is measured by `make bench`
     for name in ("demo", "run", "sft", "discover", "block", "evaluate", "report", "sae", "data", "chat", "doctor"):
         assert name in done.stdout
-    assert (
-        "torch"
-        not in subprocess.run(
-            [command()[0], "-X", "importtime", "-c", "import blockem.cli"], capture_output=True, text=True, check=True
-        ).stderr
-    )
+    imported = subprocess.run([command()[0], "-X", "importtime", "-c", "import blockem.cli"], capture_output=True, text=True, check=True)
+    assert "torch" not in imported.stderr and "transformers" not in imported.stderr
 
 
 def test_doctor_and_data_check_print_json() -> None:
