@@ -404,7 +404,11 @@ def main() -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries talking to each other
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer turns Ctrl-C into a returned 130
+        if code == 130:
+            raise KeyboardInterrupt
+        if isinstance(code, int) and code:
+            raise SystemExit(code)
     except BlockemError as error:
         print(f"\nblockem: {error}" if sys.stderr.isatty() else f"blockem: {error}", file=sys.stderr)
         raise SystemExit(2) from None
