@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from blockem.errors import BlockemError
+from blockem.fused import fuse_lora
 
 EMBEDDED = "embedded"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
@@ -82,6 +83,7 @@ class LanguageModel:
         except Exception as error:  # damaged files raise many kinds
             self._forget(name)
             raise BlockemError(f"the adapter in {folder} does not fit {self.id}: {_first_line(error)}") from error
+        fuse_lora(self.model)
         self.model.eval()
 
     def drop_adapters(self) -> None:

@@ -24,6 +24,7 @@ from blockem.config import TrainConfig
 from blockem.defences.defence import Defence
 from blockem.errors import BlockemError
 from blockem.examples import IGNORED, Encoded, right_padded
+from blockem.fused import cpu_attention, fuse_lora
 from blockem.head import supervised_logprobs, watch_final
 from blockem.model import LanguageModel, _block_list, blocks, quiet_transformers, unwrapped
 
@@ -87,7 +88,8 @@ class DefenceTrainer(Trainer):
             return cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum"), outputs
         inner = self.accelerator.unwrap_model(model)
         with watch_final(inner) as seen:
-            outputs = model(**given, logits_to_keep=1)
+            last = torch.tensor([labels.shape[1] - 1], device=labels.device)  # the integer 1 makes torch copy the whole head, row by row
+            outputs = model(**given, logits_to_keep=last)
         logprobs, _ = supervised_logprobs(inner, seen[0], labels)
         return -logprobs.sum(), outputs
 
@@ -313,7 +315,7 @@ def fine_tune(
     model = add_lora(lm, config, defence.trained_blocks(lm.n_blocks), seed)
     pad = lm.tokenizer.pad_token_id
     try:
-        with quiet_transformers(), defence.training_hooks(model):
+        with quiet_transformers(), defence.training_hooks(model), cpu_attention(model):
             trainer = DefenceTrainer(
                 model=model,
                 args=arguments,
@@ -324,6 +326,8 @@ def fine_tune(
                 probe_every=config.probe_every,
             )
             trainer.remove_callback(_printer())
+            if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # those may shard a layer's weights apart from its forward
+                fuse_lora(model)
             checkpoint = last_checkpoint(scratch)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         model.eval()
