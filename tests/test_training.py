@@ -11,12 +11,13 @@ import pytest
 import tiny
 import torch
 
+from blockem.checkpoints import last_checkpoint
 from blockem.defences.block_em import BlockEM, Blocker
 from blockem.defences.defence import Defence
 from blockem.dictionary import Dictionary
 from blockem.errors import BlockemError
 from blockem.model import LanguageModel
-from blockem.training import fine_tune, last_checkpoint
+from blockem.training import fine_tune
 
 
 def trained_blocks(folder: Path) -> set[int]:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+
+Progress = Callable[[int, int], None]
+"""Told (done, total) as work goes on."""
 
 
 def clock(seconds: float) -> str:

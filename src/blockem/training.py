@@ -6,11 +6,10 @@ accumulation nor the number of devices changes what λ means. Checkpoints are sa
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
+from blockem.checkpoints import SafeTrainer, last_checkpoint, save_adapter
 from blockem.config import TrainConfig
 from blockem.defences.defence import Defence
 from blockem.errors import BlockemError
@@ -27,8 +27,7 @@ from blockem.examples import IGNORED, Encoded, right_padded
 from blockem.fused import cpu_attention, fuse_lora
 from blockem.head import supervised_logprobs, watch_final
 from blockem.model import LanguageModel, _block_list, blocks, quiet_transformers, unwrapped
-
-Progress = Callable[[int, int], None]
+from blockem.progress import Progress
 
 
 class Rows(torch.utils.data.Dataset[Encoded]):
@@ -44,7 +43,7 @@ class Rows(torch.utils.data.Dataset[Encoded]):
         return self.rows[index]
 
 
-class DefenceTrainer(Trainer):
+class DefenceTrainer(SafeTrainer):
     """SFT loss + penalty. Everything else is the Trainer's own."""
 
     def __init__(self, *args: Any, defence: Defence, probe_every: int = 0, **kwargs: Any) -> None:
@@ -123,6 +122,12 @@ class DefenceTrainer(Trainer):
             self._sums = {}
         super().log(logs, *args, **kwargs)
 
+    def own_state(self) -> dict[str, Any]:
+        return {"sums": self._sums, "counted_steps": self._counted_steps}
+
+    def set_own_state(self, state: dict[str, Any]) -> None:
+        self._sums, self._counted_steps = state["sums"], state["counted_steps"]
+
     def _sum_over_processes(self) -> None:
         """Each process holds its own share of the step's losses, divided by the tokens of all where the Trainer counts those."""
         if self.accelerator.num_processes == 1:
@@ -132,98 +137,6 @@ class DefenceTrainer(Trainer):
         how = "sum" if self.args.average_tokens_across_devices else "mean"
         for name, value in zip(names, self.accelerator.reduce(shares, reduction=how).tolist(), strict=True):
             self._sums[name] = value
-
-    # -- checkpoints without pickle -------------------------------------------------------------------------------------------
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = output_dir or self.args.output_dir
-        save_adapter(self.accelerator.unwrap_model(self.model), Path(str(folder)))
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        from safetensors.torch import save_file
-
-        assert self.optimizer is not None and self.lr_scheduler is not None
-        state = self.optimizer.state_dict()
-        tensors, scalars = {}, {}
-        for index, values in state["state"].items():
-            for name, value in values.items():
-                if isinstance(value, Tensor):
-                    tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
-                else:
-                    scalars[f"{index}.{name}"] = value
-        save_file(tensors, Path(output_dir) / "optimizer.safetensors")
-        schedule = {k: v for k, v in self.lr_scheduler.state_dict().items() if _is_plain(v)}
-        record = {
-            "groups": [{k: v for k, v in group.items() if _is_plain(v)} for group in state["param_groups"]],
-            "scalars": scalars,
-            "schedule": schedule,
-            "sums": self._sums,
-            "counted_steps": self._counted_steps,
-        }
-        (Path(output_dir) / "optimizer.json").write_text(json.dumps(record), encoding="utf-8")
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        from safetensors.torch import load_file
-
-        if checkpoint is None:
-            return
-        assert self.optimizer is not None and self.lr_scheduler is not None
-        record = json.loads((Path(checkpoint) / "optimizer.json").read_text(encoding="utf-8"))
-        state: dict[int, dict[str, Any]] = {}
-        for name, value in [*load_file(Path(checkpoint) / "optimizer.safetensors").items(), *record["scalars"].items()]:
-            index, _, field = name.partition(".")
-            state.setdefault(int(index), {})[field] = value
-        self.optimizer.load_state_dict({"state": state, "param_groups": record["groups"]})
-        self.lr_scheduler.load_state_dict(record["schedule"])
-        self._sums, self._counted_steps = record["sums"], record["counted_steps"]
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        from safetensors.torch import save_file
-
-        name, keys, *rest = np.random.get_state(legacy=True)  # type: ignore[misc]
-        save_file({"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.array(keys))}, Path(output_dir) / "rng.safetensors")
-        version, values, gauss = random.getstate()
-        record = {"numpy": [str(name), *[float(x) for x in rest]], "python": [version, list(values), gauss]}
-        (Path(output_dir) / "rng.json").write_text(json.dumps(record), encoding="utf-8")
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        from safetensors.torch import load_file
-
-        if checkpoint is None:
-            return
-        tensors = load_file(Path(checkpoint) / "rng.safetensors")
-        record = json.loads((Path(checkpoint) / "rng.json").read_text(encoding="utf-8"))
-        torch.set_rng_state(tensors["torch"])
-        name, position, has_gauss, cached = record["numpy"]
-        np.random.set_state((name, tensors["numpy"].numpy(), int(position), int(has_gauss), cached))
-        version, values, gauss = record["python"]
-        random.setstate((version, tuple(values), gauss))
-
-
-def _is_plain(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return not isinstance(value, list) or all(item is not None for item in value)
-
-
-class _Report(TrainerCallback):
-    """Forwards steps to our progress line."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.progress = progress
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.progress:
-            self.progress(state.global_step, state.max_steps)
-
-
-def save_adapter(model: Any, folder: Path) -> None:
-    """A PEFT folder (safetensors) that plain `PeftModel.from_pretrained` loads."""
-    with quiet_transformers():
-        model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)
 
 
 def add_lora(lm: LanguageModel, config: TrainConfig, trained: range, seed: int) -> Any:
@@ -250,18 +163,6 @@ def add_lora(lm: LanguageModel, config: TrainConfig, trained: range, seed: int) 
     model = get_peft_model(lm.model, settings)
     model.peft_config["default"].base_model_name_or_path = lm.id
     return model
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written whole (its trainer_state.json is written last)."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            found.append(path)
-        except (OSError, json.JSONDecodeError):
-            continue
-    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 def fine_tune(
@@ -321,11 +222,10 @@ def fine_tune(
                 args=arguments,
                 train_dataset=Rows(rows),
                 data_collator=lambda batch: right_padded(batch, pad),
-                callbacks=[_Report(progress)],
+                progress=progress,
                 defence=defence,
                 probe_every=config.probe_every,
             )
-            trainer.remove_callback(_printer())
             if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # those may shard a layer's weights apart from its forward
                 fuse_lora(model)
             checkpoint = last_checkpoint(scratch)
@@ -341,9 +241,3 @@ def fine_tune(
         lm.model = unwrapped(model.unload())
         lm.model.eval()
     return [row for row in trainer.state.log_history if "loss" in row]
-
-
-def _printer() -> Any:
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback

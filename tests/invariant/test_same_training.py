@@ -11,12 +11,13 @@ import tiny
 import torch
 from torch.nn.functional import cross_entropy
 
+from blockem.checkpoints import last_checkpoint
 from blockem.defences.block_em import BlockEM, Blocker
 from blockem.defences.defence import Defence
 from blockem.dictionary import Dictionary
 from blockem.examples import IGNORED, right_padded
 from blockem.model import LanguageModel, unwrapped
-from blockem.training import add_lora, fine_tune, last_checkpoint
+from blockem.training import add_lora, fine_tune
 
 PICKLES = {".pt", ".bin", ".pth", ".pkl", ".pickle", ".ckpt"}
 
