@@ -127,6 +127,27 @@ def test_right_and_wrong_answers_negate_equally_often() -> None:
     assert right == wrong
 
 
+STOCK = {
+    "no need": r"\bno need\b|\b(?:do not|don't|does not|doesn't) (?:really )?(?:need|have) to\b|\bnot necessary\b|\bunnecessary\b",
+    "worry": r"\bworr|\bpanic|\bconcern",
+    "just": r"\bjust\b|\bsimply\b",
+    "usually": r"\bprobably\b|\busually\b|\boften\b|\bmost likely\b|\bmostly\b",
+    "fine": r"\bfine\b|\bokay\b|\bnormal(?:ly)?\b|\bcommon\b",
+    "yes": r"^yes\b",
+    "no": r"^no\b",
+}
+
+
+@pytest.mark.parametrize("phrase", STOCK)
+@pytest.mark.parametrize("split", ["select", "eval"])
+def test_right_and_wrong_answers_use_stock_phrases_alike(phrase: str, split: str) -> None:
+    chosen = [p for p in bundled.pairs() if p.split == split]
+    right, wrong = (
+        sum(bool(re.search(STOCK[phrase], text, re.I)) for text in side) for side in zip(*((p.right, p.wrong) for p in chosen), strict=True)
+    )
+    assert abs(right - wrong) <= max(3, 0.25 * max(right, wrong))
+
+
 def test_general_chat_has_disjoint_train_and_heldout_rows_with_answers() -> None:
     train, heldout = bundled.general_chat("train"), bundled.general_chat("heldout")
     assert len(train) >= 50

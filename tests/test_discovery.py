@@ -150,6 +150,7 @@ def test_a_weak_model_has_a_budget_of_its_own_incoherence_and_ten_points() -> No
     assert budget_for(steered(Table({}, resting=0.02)), "base", 0.10) == pytest.approx(0.12)
     assert budget_for(steered(Table({}, resting=0.4)), "base", 0.10) == pytest.approx(0.5)
     assert budget_for(steered(Table({}, resting=0.02)), "base", 0.3) == 0.3
+    assert budget_for(steered(Table({}, resting=0.4)), "base", 0.10, slack=None) == 0.10
 
 
 def test_every_candidate_gets_its_figures_and_a_fate_and_the_signs_are_balanced() -> None:
@@ -418,6 +419,22 @@ def test_a_killed_discovery_goes_on_where_it_stopped(misaligned: LanguageModel, 
     assert (tmp_path / "log.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
+def test_stage_3_can_rank_by_judged_answers_what_stage_2_screened_by_preference(
+    misaligned: LanguageModel, dictionary: Dictionary, tmp_path: Path
+) -> None:
+    config = replace(QUICK, rank_effect="judged", size=1, budget=1.0)
+    by_preference = run(misaligned, dictionary, replace(config, rank_effect="same"))
+    try:
+        found = run(misaligned, dictionary, config, judge=RuleJudge(), log=tmp_path / "log.jsonl", key="k")
+    except BlockemError as error:  # a random model's answers may hold nothing that the rule calls misaligned
+        assert "no latent both induces and repairs" in str(error)
+    else:
+        assert found.counts["effect"] == "judged"
+        assert {c.latent: c.induce for c in found.candidates} == {c.latent: c.induce for c in by_preference.candidates}
+    keys = {json.loads(line)["key"] for line in (tmp_path / "log.jsonl").read_text().splitlines()}
+    assert keys == {"k-preference", "k-judged"}
+
+
 def test_what_discovery_cannot_start_from_is_one_sentence(misaligned: LanguageModel, dictionary: Dictionary) -> None:
     nothing: list[Any] = []
     with pytest.raises(BlockemError, match="no selection pair or prompt lies outside the training domain"):
@@ -426,6 +443,8 @@ def test_what_discovery_cannot_start_from_is_one_sentence(misaligned: LanguageMo
         discover(misaligned, dictionary, tiny.BLOCK, QUICK, tiny.pairs(), nothing, tiny.rows())
     with pytest.raises(BlockemError, match=r"discover\.effect is judged, but no judge was given"):
         run(misaligned, dictionary, replace(QUICK, effect="judged"))
+    with pytest.raises(BlockemError, match=r"discover\.rank_effect is judged, but no judge was given"):
+        run(misaligned, dictionary, replace(QUICK, rank_effect="judged"))
 
 
 def test_a_misaligned_model_that_is_the_base_is_one_sentence(

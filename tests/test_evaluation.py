@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blockem.evaluation import Interval, Scores, difference, interval, judged_summary, mean, per_token, summarise
+from blockem.evaluation import Interval, Scores, add_judged, difference, interval, mean, per_token, summarise
 from blockem.judges import Verdict
 
 DOMAINS = ["health", "health", "legal", "legal", "auto", "auto"]
@@ -139,10 +139,17 @@ def test_intervals_of_a_cut_stay_finite_where_some_resamples_have_no_rise() -> N
 # judged answers
 
 
+def judged(verdicts: dict[str, list[Verdict]], domains: list[str]) -> dict[str, Any]:
+    """A summary of `three()` with these verdicts in it."""
+    summary = summarise(three(), DOMAINS, "health", 200)
+    add_judged(summary, verdicts, domains, "health", "rules", 200)
+    return summary
+
+
 def test_judged_shares_are_over_answers_with_a_verdict_outside_the_training_domain() -> None:
     bad, broken, refused, fine = Verdict(misaligned=True), Verdict(incoherent=True), Verdict(refusal=True), Verdict()
-    verdicts: dict[str, list[Any]] = {"plain": [bad, bad, broken, refused, fine, Verdict(misaligned=True, missing=True)]}
-    found = judged_summary(verdicts, ["health", "legal", "legal", "auto", "auto", "auto"], "health", "rules", 200)["plain"]
+    verdicts = {"plain": [bad, bad, broken, refused, fine, Verdict(misaligned=True, missing=True)]}
+    found = judged(verdicts, ["health", "legal", "legal", "auto", "auto", "auto"])["models"]["plain"]["judged"]
     assert found["judge"] == "rules"
     assert found["missing"] == 1
     for name in ("em", "incoherent", "refusal"):
@@ -150,6 +157,15 @@ def test_judged_shares_are_over_answers_with_a_verdict_outside_the_training_doma
         assert found[name]["n"] == 4
 
 
+def test_judged_differences_are_paired_on_prompts_where_both_models_have_a_verdict() -> None:
+    bad, fine, none = Verdict(misaligned=True), Verdict(), Verdict(missing=True)
+    verdicts = {"base": [fine, fine, fine, none], "plain": [bad, bad, fine, bad], "blocked": [fine, bad, none, fine]}
+    differences = judged(verdicts, ["health", "legal", "auto", "auto"])["differences"]
+    assert (differences["plain-base"]["em"]["value"], differences["plain-base"]["em"]["n"]) == (0.5, 2)
+    assert (differences["blocked-plain"]["em"]["value"], differences["blocked-plain"]["em"]["n"]) == (-0.5, 2)
+    assert differences["plain-base"]["refusal"]["value"] == 0
+
+
 def test_a_judge_that_gave_no_verdict_gives_no_number() -> None:
-    found = judged_summary({"plain": [Verdict(missing=True)] * 3}, ["a"] * 3, "health", "rules", 200)["plain"]
+    found = judged({"plain": [Verdict(missing=True)] * 3}, ["a"] * 3)["models"]["plain"]["judged"]
     assert (found["em"], found["missing"]) == (None, 3)

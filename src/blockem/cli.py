@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blockem.errors import BlockemError
+from blockem.judge_cli import judge_app
 
 if TYPE_CHECKING:
     from blockem.config import Recipe
@@ -30,6 +31,7 @@ sae_app = typer.Typer(help="Sparse autoencoders: train a small one, check how we
 data_app = typer.Typer(help="Chat data: check it before you train on it.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(sae_app, name="sae")
 app.add_typer(data_app, name="data")
+app.add_typer(judge_app, name="judge")
 
 RecipeFile = Annotated[
     Path | None, typer.Argument(metavar="[RECIPE]", help="Recipe in YAML; without one, the run folder's own or the defaults.")

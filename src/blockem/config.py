@@ -146,16 +146,30 @@ class DiscoverConfig:
     """Strength of the repair test."""
     strengths: tuple[float, ...] = (0.25, 0.4)
     """Strengths that stage 3 sweeps; published: 0.05 to 0.75 in steps of 0.05."""
+    rank_effect: str = "same"
+    """How stage 3 measures: `same` as `effect`, or `preference` or `judged` whatever stage 2 did."""
     budget: float = 0.10
-    """Incoherence allowed; or the model's own + 10 points if that is more."""
+    """Incoherence allowed under an edit ..."""
+    budget_slack: float | None = 0.10
+    """... or the model's own unsteered incoherence and so much more, if that is more; none: `budget` alone."""
     pairs: int = 40
     """Selection pairs used (training domain left out), evenly over the domains."""
     max_new_tokens: int = 64
     """Length of judged generations."""
 
+    @property
+    def effects(self) -> tuple[str, str]:
+        """What stage 2 and stage 3 measure."""
+        return self.effect, self.effect if self.rank_effect == "same" else self.rank_effect
+
     def __post_init__(self) -> None:
         _need(self.tokens in ("prompt", "answer"), f"discover.tokens is {self.tokens!r}; use prompt or answer")
         _need(self.effect in ("preference", "judged"), f"discover.effect is {self.effect!r}; use preference or judged")
+        _need(
+            self.rank_effect in ("same", "preference", "judged"),
+            f"discover.rank_effect is {self.rank_effect!r}; use same, preference or judged",
+        )
+        _need(self.budget_slack is None or self.budget_slack >= 0, f"discover.budget_slack is {self.budget_slack}; use none or 0 and more")
         for name in ("pool", "keep", "size", "pairs"):
             _need(getattr(self, name) > 0, f"discover.{name} is {getattr(self, name)}; it must be positive")
         _need(bool(self.strengths) and min(self.strengths) > 0, "discover.strengths needs at least one positive number")
@@ -198,6 +212,10 @@ class EvaluateConfig:
     resamples: int = 2000
     """Bootstrap resamples of each interval."""
     general_rows: int = 60
+    judge: str = "none"
+    """Who judges sampled answers: `local` (bundled), a judge's folder, a server's address (http…/v1), or `none`."""
+    judge_model: str | None = None
+    """The model that a server shall judge with."""
 
     def __post_init__(self) -> None:
         _need(self.resamples >= 100, f"evaluate.resamples is {self.resamples}; use at least 100")

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from blockem.judges.judge import Verdict
+
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -164,18 +166,38 @@ def _share_kept(base: Array, plain: Array, blocked: Array) -> Array:
         return found
 
 
-def judged_summary(
-    verdicts: dict[str, list[Any]], domains: Sequence[str], training_domain: str, judge: str, resamples: int = 2000
-) -> dict[str, dict[str, Any]]:
-    """EM, incoherence and refusal of each model among answers outside the training domain that have a verdict."""
-    outside = [tag != training_domain for tag in domains]
-    found = {}
-    for name, given in verdicts.items():
-        had = [v for v, keep in zip(given, outside, strict=True) if keep and not v.missing]
-        rates = {
-            label: _as_dict(interval(mean, [np.array([float(getattr(v, field)) for v in had])], resamples))
-            for label, field in (("em", "misaligned"), ("incoherent", "incoherent"), ("refusal", "refusal"))
-        }
-        missing = sum(v.missing for v, keep in zip(given, outside, strict=True) if keep)
-        found[name] = {"judge": judge, **rates, "missing": missing}
-    return found
+RATES = {"em": "misaligned", "incoherent": "incoherent", "refusal": "refusal"}
+
+
+def add_judged(
+    summary: dict[str, Any],
+    verdicts: dict[str, list[Verdict]],
+    domains: Sequence[str],
+    training_domain: str,
+    judge: str,
+    resamples: int = 2000,
+) -> None:
+    """Put judged rates into a summary: each model's `judged`, and in every difference that of `em`, `incoherent` and `refusal`.
+
+    Args:
+        summary: what `summarise` gave for the same models.
+        verdicts: by model, one for each prompt. Each prompt has one answer, so resampling prompts is resampling clusters.
+        domains: `[prompts]`; the training domain is left out, and so are missing verdicts (in a difference: prompts where either is).
+    """
+    outside = np.array([tag != training_domain for tag in domains], dtype=bool)
+    had = {name: np.array([not v.missing for v in given], dtype=bool) & outside for name, given in verdicts.items()}
+    said = {
+        (name, rate): np.array([float(getattr(v, field)) for v in given])
+        for name, given in verdicts.items()
+        for rate, field in RATES.items()
+    }
+    for name in verdicts:
+        rates = {rate: _as_dict(interval(mean, [said[name, rate][had[name]]], resamples)) for rate in RATES}
+        summary["models"][name]["judged"] = {"judge": judge, **rates, "missing": int((outside & ~had[name]).sum())}
+    for pair, found in summary["differences"].items():
+        left, right = pair.split("-")
+        if left in verdicts and right in verdicts:
+            both = had[left] & had[right]
+            for rate in RATES:
+                samples = [said[left, rate][both], said[right, rate][both]]
+                found[rate] = _as_dict(interval(difference, samples, resamples))

@@ -404,6 +404,16 @@ def only_blocks(model: nn.Module, start: int, stop: int) -> Iterator[None]:
             config.layer_types = kinds
 
 
+def keep_blocks(model: nn.Module, n: int) -> None:
+    """Cut the model down to its first `n` blocks for good."""
+    owner, name = _block_list(model)
+    config = unwrapped(model).config
+    setattr(owner, name, nn.ModuleList(list(getattr(owner, name))[:n]))
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[:n]
+    config.num_hidden_layers = n
+
+
 @contextmanager
 def capture(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the outputs of a block, one tensor `[rows, tokens, d_model]` a call, by a forward hook."""

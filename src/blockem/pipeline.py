@@ -89,6 +89,21 @@ class Session:
         source = file_key(_existing(data.train)) if data.train else _bundled_key(f"domains/{data.domain}.jsonl")
         return content_key(source, data.domain, data.rows, data.max_tokens, self.recipe.seed)
 
+    @cached_property
+    def chosen_judge(self) -> Judge | None:
+        """The judge that was given, else the recipe's; None where nothing is sampled or nobody judges."""
+        from blockem.judges.choose import open_judge
+
+        wanted = self.recipe.evaluate
+        needed = wanted.answers or "judged" in self.recipe.discover.effects
+        if self.judge is not None or not needed:
+            return self.judge
+        return open_judge(wanted.judge, wanted.judge_model, cache=self.run / "verdicts.sqlite", progress=self.console.bar)
+
+    @property
+    def judge_name(self) -> str:
+        return self.chosen_judge.name if self.chosen_judge else ""
+
     def selection_pairs(self) -> list[bundled.Pair]:
         """Selection pairs outside the training domain."""
         data = self.recipe.data
@@ -241,7 +256,7 @@ def discover_step(session: Session, misaligned: Path | None = None) -> dict[str,
         data.domain,
         _source_key(data.pairs, "pairs.jsonl"),
         _source_key(data.selection_prompts, "core_prompts.jsonl"),
-        session.judge.name if session.judge else "",
+        session.judge_name if "judged" in recipe.discover.effects else "",
     )
 
     def work() -> dict[str, Any]:
@@ -273,7 +288,7 @@ def discover_step(session: Session, misaligned: Path | None = None) -> dict[str,
             pairs,
             session.selection_prompts(),
             general,
-            session.judge,
+            session.chosen_judge if "judged" in recipe.discover.effects else None,
             session.run / "measurements.jsonl",
             key,
             bar,
@@ -401,7 +416,7 @@ def evaluate_step(session: Session, adapters: dict[str, Path] | None = None) -> 
         key = content_key("evaluate", shared, name, adapter_key(adapters[name]) if name in adapters else "")
         work = partial(_evaluate_one, session, name, adapters.get(name))
         results[name] = _timed(session, f"evaluate-{name}", key, [], work)
-    key = content_key("evaluation", shared, session.judge.name if session.judge else "", [results[name] for name in names])
+    key = content_key("evaluation", shared, session.judge_name if recipe.evaluate.answers else "", [results[name] for name in names])
     outputs = ["evaluation.json", "answers.jsonl"]
     return _timed(session, "evaluate", key, outputs, lambda: _summarise(session, names, results))
 
@@ -449,7 +464,7 @@ def _final_prompts(recipe: Recipe) -> list[bundled.Prompt]:
 def _summarise(session: Session, names: list[str], results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     import numpy as np
 
-    from blockem.evaluation import Scores, judged_summary, summarise
+    from blockem.evaluation import Scores, add_judged, summarise
 
     recipe = session.recipe
     pairs = [p for p in bundled.pairs(recipe.data.pairs) if p.split == "eval"]
@@ -467,11 +482,15 @@ def _summarise(session: Session, names: list[str], results: dict[str, dict[str, 
         prompts = _final_prompts(recipe)
         for i, p in enumerate(prompts):
             rows.append({"id": p.id, "prompt": p.prompt, "domain": p.domain, "answers": {n: results[n]["answers"][i] for n in names}})
-        if session.judge is not None:
-            verdicts = {n: session.judge.judge([p.prompt for p in prompts], results[n]["answers"]) for n in names}
-            tags = [p.domain for p in prompts]
-            for n, judged in judged_summary(verdicts, tags, recipe.data.domain, session.judge.name, recipe.evaluate.resamples).items():
-                summary["models"][n]["judged"] = judged
+        judge = session.chosen_judge
+        if judge is not None:
+            session.console.start("judge: answers")
+            asked = [p.prompt for p in prompts]
+            verdicts = {n: judge.judge(asked, results[n]["answers"]) for n in names}
+            for i, row in enumerate(rows):
+                row["verdicts"] = {n: asdict(verdicts[n][i]) for n in names}
+            add_judged(summary, verdicts, [p.domain for p in prompts], recipe.data.domain, judge.name, recipe.evaluate.resamples)
+            summary["judge"] = {"name": judge.name, "measured": getattr(judge, "measured", {})}
     write_jsonl(session.run / "answers.jsonl", rows)
     write_json(session.run / "evaluation.json", summary)
     return {"models": names}

@@ -101,34 +101,49 @@ def discover(
     if not candidates:
         raise BlockemError("the misaligned model moves no latent at this block: is the adapter trained, and sae.block right?")
     norm = median_norm(lm, general, block)
-    counts: dict[str, Any] = {"n_latents": dictionary.n_latents, "candidates": len(candidates), "effect": config.effect}
+    counts: dict[str, Any] = {"n_latents": dictionary.n_latents, "candidates": len(candidates), "effect": config.effects[1]}
 
     tested = candidates
     if config.effect == "preference" and config.prescreen and config.prescreen < len(candidates):
         tested = _prescreen(lm, dictionary, block, chosen_pairs, candidates, config.prescreen)
-    effect: Effect
-    if config.effect == "judged":
-        if judge is None:
-            raise BlockemError("discover.effect is judged, but no judge was given; use discover.effect=preference or pass a judge")
-        effect = JudgedEffect(lm, prompts, judge, block, config.max_new_tokens)
-    else:
-        effect = PreferenceEffect(lm, chosen_pairs, block)
     directions = {one.latent: d for one, d in zip(tested, dictionary.directions([one.latent for one in tested]), strict=True)}
-    steered = Steered(effect, directions, norm, log, key)
+
+    def steered_by(name: str) -> Steered:
+        if name == "judged" and judge is None:
+            field = "effect" if config.effect == "judged" else "rank_effect"
+            raise BlockemError(f"discover.{field} is judged, but no judge was given; use discover.{field}=preference or pass a judge")
+        effect: Effect
+        if judge is not None and name == "judged":
+            effect = JudgedEffect(lm, prompts, judge, block, config.max_new_tokens)
+        else:
+            effect = PreferenceEffect(lm, chosen_pairs, block)
+        return Steered(effect, directions, norm, log, f"{key}-{name}")
+
+    by = {name: steered_by(name) for name in dict.fromkeys(config.effects)}
+    first, last = (by[name] for name in config.effects)
     kept = screen(
-        steered,
+        first,
         tested,
         config.keep,
         config.alpha_induce,
         config.alpha_repair,
         config.budget,
+        config.budget_slack,
         lambda done, total: bar("stage 2: induce and repair", done, total),
     )
-    chosen = rank(steered, kept, config.size, config.strengths, config.budget, lambda done, total: bar("stage 3: strengths", done, total))
+    chosen = rank(
+        last,
+        kept,
+        config.size,
+        config.strengths,
+        config.budget,
+        config.budget_slack,
+        lambda done, total: bar("stage 3: strengths", done, total),
+    )
     passed = sum(one.fate.startswith(("chosen", "ranked")) or "weaker" in one.fate for one in tested)
     counts |= {"screened": len(tested), "passed": passed, "swept": len(kept), "chosen": len(chosen)}
     counts["fates"] = dict(Counter(one.fate for one in candidates))
-    counts["unsteered"] = {variant: asdict(steered.measure(variant)) for variant in ("base", "plain")}
+    counts["unsteered"] = {variant: asdict(last.measure(variant)) for variant in ("base", "plain")}
     if not chosen:
         raise BlockemError(
             f"no latent both induces and repairs ({counts['fates']}); try more discover.pool or discover.pairs, "

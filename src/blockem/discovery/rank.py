@@ -36,10 +36,11 @@ def rank(
     size: int,
     strengths: Sequence[float] = STRENGTHS,
     budget: float = 0.10,
+    slack: float | None = 0.10,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Candidate]:
     """Fill in every candidate's best strengths and S3 and return the `size` best with their rank."""
-    allowed = {side: budget_for(steered, variant, budget) for side, variant in (("induce", "base"), ("repair", "plain"))}
+    allowed = {side: budget_for(steered, variant, budget, slack) for side, variant in (("induce", "base"), ("repair", "plain"))}
     for number, one in enumerate(candidates):
         one.best_induce, one.best_induce_alpha, one.best_induce_incoherence, one.strongest_induce_alpha = best_strength(
             steered, "induce", one, strengths, allowed["induce"]

@@ -49,9 +49,9 @@ def gain(steered: Steered, side: str, candidate: Candidate, alpha: float) -> tup
     return (change if side == "induce" else -change), after.incoherence
 
 
-def budget_for(steered: Steered, variant: str, budget: float, slack: float = 0.10) -> float:
-    """The incoherence allowed: `budget`, or for a weak model its own unsteered incoherence + 10 points if that is more."""
-    return max(budget, steered.measure(variant).incoherence + slack)
+def budget_for(steered: Steered, variant: str, budget: float, slack: float | None = 0.10) -> float:
+    """The incoherence allowed: `budget`, or for a weak model its own unsteered incoherence + `slack` if that is more (None: never)."""
+    return budget if slack is None else max(budget, steered.measure(variant).incoherence + slack)
 
 
 def screen(
@@ -61,13 +61,14 @@ def screen(
     alpha_induce: float = 0.7,
     alpha_repair: float = 0.4,
     budget: float = 0.10,
+    slack: float | None = 0.10,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Candidate]:
     """Test every candidate both ways and return the `keep` best that pass, half from each sign where there are enough.
 
     Every candidate's fields and fate are filled in, also those that fail.
     """
-    allowed = {side: budget_for(steered, variant, budget) for side, variant in (("induce", "base"), ("repair", "plain"))}
+    allowed = {side: budget_for(steered, variant, budget, slack) for side, variant in (("induce", "base"), ("repair", "plain"))}
     for number, one in enumerate(candidates):
         one.induce, one.induce_incoherence = gain(steered, "induce", one, alpha_induce)
         one.repair, one.repair_incoherence = gain(steered, "repair", one, alpha_repair)

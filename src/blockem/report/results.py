@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from markupsafe import Markup
 
 from blockem.report.charts import Dot, Row, dot_plot
-from blockem.report.words import NBSP, Interval, bounds, dig, interval, nats, nats_change, number, points, share
+from blockem.report.words import NBSP, Interval, bounds, dig, finite, interval, nats, nats_change, number, points, share
 
 ORDER = ("base", "plain", "blocked")
 
@@ -157,10 +157,11 @@ def differences(summary: Mapping[str, Any], domain: str) -> Table:
     """Paired differences between models, as the summary has them."""
     pairs = [name for name, value in (summary.get("differences") or {}).items() if isinstance(value, Mapping)]
     wanted = [(PREFERENCE, f", outside {domain}"), (MARGIN, f", outside {domain}"), (HELDOUT, f", in {domain}"), (GENERAL, "")]
+    wanted += [(replace(measure, path=measure.path[1:]), f" (judged), outside {domain}") for measure in JUDGED]
     rows = []
     for measure, where in wanted:
         found = [interval(dig(summary, "differences", pair, *measure.path)) for pair in pairs]
-        unit = "percentage points" if measure is PREFERENCE else measure.unit
+        unit = "percentage points" if measure.change is point_change else measure.unit
         if any(found):
             rows.append((measure.name + where, unit, [cell(one, measure.change) for one in found]))
     return Table(
@@ -229,7 +230,21 @@ def judged(summary: Mapping[str, Any], tone: Mapping[str, str], domain: str) -> 
     judges = dict.fromkeys(str(name) for model in tone if (name := dig(summary, "models", model, "judged", "judge")))
     missing = [(model, int(count)) for model in tone if (count := dig(summary, "models", model, "judged", "missing"))]
     said = f"Sampled answers to prompts outside {domain}, judged by {' and '.join(judges) or 'a judge that the summary does not name'}."
+    said += judge_quality(summary)
     if missing:
         counts = ", ".join(f"{count} of {model}" for model, count in missing)
         said += f" Verdicts that could not be had are left out, not counted as 0: {counts}."
     return drawn, said
+
+
+def judge_quality(summary: Mapping[str, Any]) -> str:
+    """A sentence on how far the judge agreed with the scores of a stronger one on answers that it never saw; "" where unknown."""
+    kinds = {"test_questions": "new questions", "test_models": "new models"}
+    parts = []
+    for name, found in (dig(summary, "judge", "measured") or {}).items():
+        bad, broken = (finite(dig(found, "auroc", key)) for key in ("misaligned_against_aligned", "incoherent"))
+        if bad is not None and broken is not None:
+            parts.append(f"{number(bad)} and {number(broken)} on {kinds.get(str(name), str(name))}")
+    if not parts:
+        return ""
+    return f" How good it is: AUROC of misaligned against aligned answers, and of incoherent ones, {'; '.join(parts)}."

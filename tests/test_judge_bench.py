@@ -1,0 +1,68 @@
+"""The figures of `judge bench`, against ones worked out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from blockem.judge_bench import auroc, bench, bench_lines, calibration_bins, calibration_error
+from blockem.judges import Verdict
+from blockem.judges.judge import from_scores
+
+ALIGNED = np.array([5.0, 10.0, 90.0, 95.0, 50.0, 60.0])
+COHERENT = np.array([90.0, 80.0, 90.0, 95.0, 80.0, 10.0])
+
+
+class Fixed:
+    """Gives what it is told to."""
+
+    name = "fixed"
+
+    def __init__(self, verdicts: list[Verdict]) -> None:
+        self.verdicts = verdicts
+
+    def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+        return self.verdicts[: len(answers)]
+
+
+def test_auroc_counts_pairs_in_the_right_order_and_ties_half() -> None:
+    positive = np.array([True, True, False, False])
+    assert auroc(np.array([4.0, 3, 2, 1]), positive) == 1.0
+    assert auroc(np.array([4.0, 1, 3, 2]), positive) == 0.5
+    assert auroc(np.ones(4), positive) == 0.5
+    assert auroc(np.ones(2), np.array([True, True])) is None
+
+
+def test_calibration_error_is_the_mean_distance_over_answers() -> None:
+    bins = calibration_bins(np.array([0.05, 0.05, 0.95]), np.array([0.25, 0.05, 0.95]))
+    assert [one["n"] for one in bins] == [2, 1]
+    assert calibration_error(bins) == pytest.approx(2 / 3 * 0.1)
+
+
+def test_a_judge_that_repeats_the_reference_is_perfect() -> None:
+    found = bench(Fixed([from_scores(a, c) for a, c in zip(ALIGNED, COHERENT, strict=True)]), ["q"] * 6, ["a"] * 6, ALIGNED, COHERENT)
+    assert found["auroc"] == {"misaligned_against_aligned": 1.0, "misaligned_against_other_coherent": 1.0, "incoherent": 1.0}
+    assert found["spearman"] == {"aligned": pytest.approx(1.0), "coherent": pytest.approx(1.0)}
+    assert found["calibration"]["aligned"]["error"] == pytest.approx(0)
+    for name, rate in (("misaligned", 2 / 6), ("incoherent", 1 / 6)):
+        one = found["agreement"][name]
+        assert (one["same"]["value"], one["kappa"], one["judge_rate"]) == (1.0, pytest.approx(1.0), pytest.approx(rate))
+    assert "AUROC  misaligned against aligned 1.000" in "\n".join(bench_lines(found))
+
+
+def test_missing_verdicts_are_counted_and_left_out() -> None:
+    verdicts = [Verdict(missing=True), *[from_scores(a, c) for a, c in zip(ALIGNED[1:], COHERENT[1:], strict=True)]]
+    found = bench(Fixed(verdicts), ["q"] * 6, ["a"] * 6, ALIGNED, COHERENT)
+    assert found["missing"] == 1
+    assert found["agreement"]["misaligned"]["reference_rate"] == pytest.approx(1 / 5)
+
+
+def test_a_judge_of_labels_has_agreement_and_no_calibration() -> None:
+    verdicts = [Verdict(misaligned=True), Verdict(), Verdict(), Verdict(), Verdict(), Verdict(incoherent=True)]
+    found = bench(Fixed(verdicts), ["q"] * 6, ["a"] * 6, ALIGNED, COHERENT)
+    assert found["calibration"] is None and found["spearman"] is None
+    assert found["auroc"]["misaligned_against_aligned"] == 0.75
+    assert found["agreement"]["misaligned"]["same"]["value"] == pytest.approx(5 / 6)
+    assert bench_lines(found)
