@@ -182,6 +182,7 @@ def discover(
     sae: Sae = None,
     block: Block = None,
     poor: Poor = False,
+    seed: Seed = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -238,6 +239,7 @@ def evaluate(
     prompts: Prompts = None,
     pairs: Pairs = None,
     domain: Domain = None,
+    seed: Seed = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
