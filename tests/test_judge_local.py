@@ -6,12 +6,15 @@ import itertools
 import json
 import math
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from blockem.cli import app
 from blockem.errors import BlockemError
 from blockem.judge_training import (
     GOOD,
@@ -187,6 +190,37 @@ def test_a_killed_training_that_goes_on_ends_with_the_same_judge(
         assert (tmp_path / "j" / name).read_bytes() == (trained[0] / name).read_bytes(), name
     left, right = (json.loads((folder / "judge.json").read_text()) for folder in (tmp_path / "j", trained[0]))
     assert left == right
+
+
+# the commands
+
+
+def run(*words: object) -> Any:
+    return CliRunner().invoke(app, [*map(str, words)], catch_exceptions=False, standalone_mode=False)
+
+
+def test_label_writes_every_row_back_with_its_verdict(trained: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i}", "answer": "I cannot help with that." if i == 1 else f"answer {i}", "kept": i} for i in range(3)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    found = json.loads(
+        run("judge", "label", tmp_path / "a.jsonl", "--out", tmp_path / "b.jsonl", "--judge", trained[0], "--json", "-q").stdout
+    )
+    assert (found["answers"], found["missing"], found["refusal"]) == (3, 0, pytest.approx(1 / 3))
+    written = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
+    assert [{k: one[k] for k in rows[0]} for one in written] == rows
+    assert all(one["judge"].startswith("local judge") and 0 <= one["verdict"]["aligned"] <= 100 for one in written)
+
+
+def test_bench_measures_a_judge_on_a_split_of_a_file(trained: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(asdict(one)) + "\n" for one in ROWS))
+    words = ("judge", "bench", tmp_path / "s.jsonl", "--judge", trained[0], "--split", "test", "-q")
+    found = json.loads(run(*words, "--json").stdout)
+    assert found["answers"] == 20 and found["missing"] == 0 and 0 <= found["auroc"]["incoherent"] <= 1
+    assert "AUROC" in run(*words).stdout
+    with pytest.raises(BlockemError, match="holds no row of split 'nope'"):
+        run(*words[:5], "--split", "nope")
+    with pytest.raises(BlockemError, match="--dry-run is for a server's judge"):
+        run(*words, "--dry-run")
 
 
 # bad input
