@@ -231,12 +231,14 @@ def fine_tune(
             checkpoint = last_checkpoint(scratch)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         model.eval()
-        finished = scratch / "adapter"
-        save_adapter(model, finished)
-        defence.project(finished)
-        shutil.rmtree(out, ignore_errors=True)
-        finished.rename(out)
-        shutil.rmtree(scratch, ignore_errors=True)
+        if trainer.is_world_process_zero():  # of several processes the first alone writes
+            finished = scratch / "adapter"
+            save_adapter(model, finished)
+            defence.project(finished)
+            shutil.rmtree(out, ignore_errors=True)
+            finished.rename(out)
+            shutil.rmtree(scratch, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
     finally:
         lm.model = unwrapped(model.unload())
         lm.model.eval()
