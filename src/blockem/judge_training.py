@@ -27,10 +27,10 @@ from blockem.config import TrainConfig
 from blockem.errors import BlockemError
 from blockem.examples import by_length, read_chat, read_rows
 from blockem.fused import cpu_attention, fuse_lora
-from blockem.judges.local import MAX_TOKENS, SCORES, LocalJudge, judge_ids, judge_logits
+from blockem.judges.local import MAX_TOKENS, SCORES, LocalJudge, judge_ids, judge_logits, raw_scores
 from blockem.model import LanguageModel, keep_blocks, quiet_transformers
 from blockem.progress import Progress
-from blockem.store import content_key, read_json, write_json, write_text
+from blockem.store import claim_scratch, content_key, read_json, write_json
 from blockem.training import add_lora
 
 
@@ -229,10 +229,7 @@ def train_judge(
         raise BlockemError("too few scored rows to train and to calibrate on; give more with --data")
     scratch = out.with_name(out.name + ".making")
     key = content_key([asdict(row) for row in data.train], asdict(settings), lm.id, lm.revision)
-    mark = scratch / "key"
-    if scratch.exists() and (not mark.is_file() or mark.read_text(encoding="utf-8") != key):
-        shutil.rmtree(scratch)
-    write_text(mark, key)
+    claim_scratch(scratch, key)
     keep_blocks(lm.model, settings.blocks)
     lora = TrainConfig(lora_r=settings.lora_r, lora_alpha=2 * settings.lora_r)
     body = add_lora(lm, lora, range(settings.blocks), settings.seed)
@@ -276,7 +273,7 @@ def train_judge(
     finished = scratch / "judge"
     model.save(finished)
     halve(finished / "adapter" / "adapter_model.safetensors")
-    raw = raw_scores(model, data.calibrate)
+    raw = raw_scores(model.lm, heads, [row.question for row in data.calibrate], [row.answer for row in data.calibrate])
     facts = {
         "model": lm.id,
         "revision": lm.revision,
@@ -303,25 +300,15 @@ def halve(path: Path) -> None:
     save_file({name: weight.half().contiguous() for name, weight in load_file(path).items()}, path)
 
 
-def raw_scores(model: _Judge, rows: Sequence[ScoredAnswer], batch: int = 32) -> np.ndarray[Any, Any]:
-    """Uncalibrated outputs, `[rows, 2]`, 0 to 1."""
-    ids = [judge_ids(model.lm.tokenizer, row.question, row.answer) for row in rows]
-    raw = np.zeros((len(rows), len(SCORES)))
-    with torch.inference_mode():
-        for chosen in by_length([len(one) for one in ids], batch):
-            raw[chosen] = judge_logits(model.lm, model.heads, [ids[i] for i in chosen]).sigmoid().cpu().numpy()
-    return raw
-
-
 def heldout_figures(folder: Path, data: JudgeData, progress: Progress | None = None) -> dict[str, Any]:
     """`judge bench` of a finished judge on the questions and on the models that it never saw; kept in its judge.json too."""
     from blockem.judge_bench import bench
 
     found = {}
+    judge = LocalJudge(folder, progress=progress)
     for name, rows in (("test_questions", data.test_questions), ("test_models", data.test_models)):
         if rows:
             scores = np.array([(row.aligned, row.coherent) for row in rows])
-            judge = LocalJudge(folder, progress=progress)
             found[name] = bench(judge, [row.question for row in rows], [row.answer for row in rows], scores[:, 0], scores[:, 1])
     facts = read_json(folder / "judge.json", "judge")
     write_json(folder / "judge.json", {**facts, "measured": found})

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,7 @@ from blockem import bundled
 from blockem.config import Recipe, dump_recipe
 from blockem.errors import BlockemError
 from blockem.progress import Console
-from blockem.store import RunFolder, content_key, file_key, read_json, write_json, write_jsonl, write_text
+from blockem.store import RunFolder, claim_scratch, content_key, file_key, read_json, write_json, write_jsonl, write_text
 
 if TYPE_CHECKING:
     from blockem.dictionary import Dictionary
@@ -228,11 +227,7 @@ def _train(
         rows, report = encode_all(session.lm.tokenizer, examples, recipe.data.max_tokens)
         if report.dropped:
             session.console.say(f"  {len(report.dropped)} rows have nothing to learn from and were dropped, first: {report.dropped[0]}")
-        scratch = session.run / f"{name}.making"
-        mark = scratch / "key"
-        if scratch.exists() and (not mark.is_file() or mark.read_text(encoding="utf-8") != key):
-            shutil.rmtree(scratch)  # checkpoints of another recipe
-        write_text(mark, key)
+        claim_scratch(session.run / f"{name}.making", key)
         defence, facts = make(session, rows)
         session.console.start(f"{name}: steps")
         log = fine_tune(session.lm, rows, recipe.train, defence, session.run / name, recipe.seed, session.console.bar)
@@ -399,9 +394,9 @@ def evaluate_step(session: Session, adapters: dict[str, Path] | None = None) -> 
         adapters = {name: session.run / name for name in VARIANTS[1:] if (session.run / name / "adapter_model.safetensors").is_file()}
     names = ["base", *adapters]
     data = recipe.data
-    shared = content_key(
+    shared = content_key(  # who judges is not in it: another judge judges the same answers
         session.model_key,
-        asdict(recipe.evaluate),
+        {name: value for name, value in asdict(recipe.evaluate).items() if name not in ("judge", "judge_model")},
         data.domain,
         data.max_tokens,
         data.heldout_rows,

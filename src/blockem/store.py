@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,6 +99,14 @@ def read_json(path: Path, what: str = "file") -> Any:
         raise BlockemError(f"{path}: not a JSON {what} ({error})") from error
     except OSError as error:
         raise BlockemError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def claim_scratch(folder: Path, key: str) -> None:
+    """Make `folder` a scratch folder of the work that `key` names; what other work left in it is removed, its own is kept."""
+    mark = folder / "key"
+    if folder.exists() and (not mark.is_file() or mark.read_text(encoding="utf-8") != key):
+        shutil.rmtree(folder)
+    write_text(mark, key)
 
 
 @dataclass

@@ -62,6 +62,22 @@ def judge_logits(lm: LanguageModel, heads: nn.Linear, rows: Sequence[Sequence[in
     return found
 
 
+def raw_scores(
+    lm: LanguageModel, heads: nn.Linear, prompts: Sequence[str], answers: Sequence[str], batch: int = 32, progress: Progress | None = None
+) -> np.ndarray[Any, Any]:
+    """Uncalibrated outputs of the model as it is switched now, `[answers, 2]`, 0 to 1."""
+    rows = [judge_ids(lm.tokenizer, p, a) for p, a in zip(prompts, answers, strict=True)]
+    raw = np.zeros((len(rows), len(SCORES)))
+    done = 0
+    with torch.inference_mode():
+        for chosen in by_length([len(row) for row in rows], batch):
+            raw[chosen] = judge_logits(lm, heads, [rows[i] for i in chosen]).sigmoid().cpu().numpy()
+            done += len(chosen)
+            if progress:
+                progress(done, len(rows))
+    return raw
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Piecewise linear, rising maps from the raw output (0 to 1) to the score (0 to 100) that the reference judge gives on average."""
@@ -118,15 +134,8 @@ class LocalJudge:
         if len(prompts) != len(answers):
             raise ValueError(f"{len(prompts)} prompts and {len(answers)} answers")
         lm, heads, calibration = self._loaded
-        rows = [judge_ids(lm.tokenizer, p, a) for p, a in zip(prompts, answers, strict=True)]
-        raw = np.zeros((len(rows), len(SCORES)))
-        done = 0
-        with torch.inference_mode(), lm.variant("judge"):
-            for chosen in by_length([len(row) for row in rows], batch):
-                raw[chosen] = judge_logits(lm, heads, [rows[i] for i in chosen]).sigmoid().cpu().numpy()
-                done += len(chosen)
-                if self.progress:
-                    self.progress(done, len(rows))
+        with lm.variant("judge"):
+            raw = raw_scores(lm, heads, prompts, answers, batch, self.progress)
         return calibration.apply(raw)
 
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
