@@ -13,8 +13,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -427,10 +427,17 @@ def capture(module: nn.Module) -> Iterator[list[Tensor]]:
 
 def hidden_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, block: int) -> Tensor:
     """The output of `block`, `[rows, tokens, d_model]`, running no block after it and no output head."""
-    watched = blocks(model)[block]
-    with only_blocks(model, 0, block + 1), capture(watched) as seen:
+    return hidden_at_each(model, input_ids, attention_mask, [block])[block]
+
+
+def hidden_at_each(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
+    """The outputs of several blocks, `[rows, tokens, d_model]` each, in one forward that stops after the highest of them."""
+    listed = blocks(model)
+    with ExitStack() as stack:
+        seen = {block: stack.enter_context(capture(listed[block])) for block in sorted(set(wanted))}
+        stack.enter_context(only_blocks(model, 0, max(wanted) + 1))
         decoder(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return seen[0]
+    return {block: outputs[0] for block, outputs in seen.items()}
 
 
 def from_hidden(model: nn.Module, hidden: Tensor, attention_mask: Tensor, block: int) -> Tensor:

@@ -372,6 +372,16 @@ def block_step(session: Session, latents_file: Path | None = None, misaligned: P
             session.lm.drop_adapters()
         if by_rule:
             facts["lambda"] = portable_lambda(recipe.block.r, facts["delta_sft"], facts["p_mis"])
+        if recipe.block.base_values == "cached":
+            from blockem.base_values import collect
+            from blockem.model import cache_dir
+
+            session.console.start(f"{name}: base values")
+            blocker.to(session.lm.device)
+            folder = cache_dir() / "base-values"
+            blocker.values = collect(session.lm, blocker.read, blocker.blocks, blocker.key, rows, folder, progress=session.console.bar)
+            facts["base_values_seconds"] = round(blocker.values.seconds, 1)
+            session.console.start(f"{name}: steps")
         session.console.say(f"  λ = {facts['lambda']:.4g} ({facts['rule']}), {len(used.latents)} latents at block {used.block}")
         return BlockEM(blocker, facts["lambda"], recipe.block.freeze_downstream, facts["p_mis"]), facts
 

@@ -8,19 +8,22 @@ z is the SAE's encoder at the output of one block; z^base comes from the same in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from blockem.base_values import BaseValues
 from blockem.defences.defence import Defence
 from blockem.dictionary import Dictionary, EncoderRows
 from blockem.errors import BlockemError
 from blockem.examples import IGNORED, Encoded, by_length, right_padded
 from blockem.latents import LatentSet
-from blockem.model import LanguageModel, base_weights, block_output, blocks, hidden_at
+from blockem.model import LanguageModel, base_weights, block_output, blocks, hidden_at_each
 
 MEASURES = ("latent", "preactivation")
 
@@ -40,6 +43,21 @@ def block_loss(z: Tensor, z_base: Tensor, signs: Tensor) -> Tensor:
     return torch.relu(signs * (z - z_base.detach())).pow(2).sum(dim=-1)
 
 
+@dataclass(frozen=True)
+class Watch:
+    """What is watched at the output of one block.
+
+    Attributes:
+        rows: encoder rows of the blocked latents.
+        signs: +1 or −1 each.
+        block: block index from 0.
+    """
+
+    rows: EncoderRows
+    signs: tuple[int, ...]
+    block: int
+
+
 class Blocker:
     """The penalty for any model in any training loop.
 
@@ -49,8 +67,8 @@ class Blocker:
                 loss = model(**batch).loss + lambda_ * blocker.mean_penalty(batch)
                 loss.backward(); optimiser.step(); optimiser.zero_grad()
 
-    The model's own forward is watched by one hook; the base values come from a second, truncated forward without gradient, with adapters
-    switched off, or through `base` when the model is trained without adapters.
+    The model's own forward is watched by a hook a block; the base values come from `values`, where they were computed before, else from a
+    second, truncated forward without gradient, with adapters switched off, or through `base` when the model is trained without adapters.
 
     Args:
         rows: encoder rows of the blocked latents.
@@ -58,71 +76,125 @@ class Blocker:
         block: block index from 0.
         measure: `latent` as published, or `preactivation`, which has a gradient also where a K− latent is already off (the dead zone).
         base: a frozen copy of the base model; only needed for training without adapters.
+        values: base values computed before (`base_values.collect`).
     """
 
-    def __init__(self, rows: EncoderRows, signs: Sequence[int], block: int, measure: str = "latent", base: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        rows: EncoderRows,
+        signs: Sequence[int],
+        block: int,
+        measure: str = "latent",
+        base: nn.Module | None = None,
+        values: BaseValues | None = None,
+    ) -> None:
         if measure not in MEASURES:
             raise BlockemError(f"unknown block.measure {measure!r}: use {' or '.join(MEASURES)}")
-        self.rows, self.block, self.measure, self.base = rows, block, measure, base
-        self.signs = torch.tensor(list(signs), dtype=torch.float32)
+        self.watches = [Watch(rows, tuple(signs), block)]
+        self.measure, self.base, self.values = measure, base, values
         self.model: nn.Module | None = None
-        self._hidden: Tensor | None = None
+        self._hidden: dict[int, Tensor] = {}
         self._watching = True
+
+    @classmethod
+    def over(cls, watches: Sequence[Watch], measure: str = "latent", base: nn.Module | None = None) -> Blocker:
+        """One penalty over several blocks: the sum of theirs."""
+        first = watches[0]
+        found = cls(first.rows, first.signs, first.block, measure, base)
+        found.watches = list(watches)
+        return found
 
     @classmethod
     def from_latents(cls, latents: LatentSet, dictionary: Dictionary, measure: str = "latent", base: nn.Module | None = None) -> Blocker:
         """From a LatentSet file and the SAE it was made with."""
         return cls(dictionary.rows(latents.ids), latents.signs, latents.block, measure, base)
 
+    @property
+    def blocks(self) -> list[int]:
+        """The watched blocks, each once, in order."""
+        return sorted({watch.block for watch in self.watches})
+
+    @property
+    def signs(self) -> Tensor:
+        """`[latents]`, float32, over all watches in turn."""
+        return torch.tensor([float(sign) for watch in self.watches for sign in watch.signs], device=self.watches[0].rows.weight.device)
+
+    @property
+    def key(self) -> str:
+        """What the base values depend on besides model and tokens: encoder rows, blocks and measure."""
+        digest = hashlib.sha256(self.measure.encode())
+        for watch in self.watches:
+            threshold = watch.rows.threshold
+            for part in (watch.rows.weight, watch.rows.bias, *(() if threshold is None else (threshold,))):
+                digest.update(part.detach().cpu().contiguous().numpy().tobytes())
+            digest.update(str(watch.block).encode())
+        return digest.hexdigest()[:16]
+
+    def to(self, device: torch.device) -> None:
+        """Move the encoder rows."""
+        self.watches = [Watch(watch.rows.to(device), watch.signs, watch.block) for watch in self.watches]
+
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[Blocker]:
-        """Watch the block of `model` while the context lasts."""
-        if self.base is None and not hasattr(model, "disable_adapter"):
+        """Watch the blocks of `model` while the context lasts."""
+        if self.base is None and self.values is None and not hasattr(model, "disable_adapter"):
             raise BlockemError("a model without adapters has no base to compare with: give Blocker(base=a frozen copy), or train with PEFT")
-        device = next(model.parameters()).device
-        self.rows, self.signs = self.rows.to(device), self.signs.to(device)
+        self.to(next(model.parameters()).device)
         self.model = model
 
-        def watch(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if self._watching and torch.is_grad_enabled():
-                self._hidden = block_output(output)
+        def watcher(block: int) -> Callable[[nn.Module, Any, Any], None]:
+            def watch(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                if self._watching and torch.is_grad_enabled():
+                    self._hidden[block] = block_output(output)
 
-        handle = blocks(model)[self.block].register_forward_hook(watch)
+            return watch
+
+        handles = [blocks(model)[block].register_forward_hook(watcher(block)) for block in self.blocks]
         try:
             yield self
         finally:
-            handle.remove()
-            self.model, self._hidden = None, None
+            for handle in handles:
+                handle.remove()
+            self.model, self._hidden = None, {}
 
-    def _z(self, hidden: Tensor) -> Tensor:
-        return self.rows.encode(hidden) if self.measure == "latent" else self.rows.pre(hidden)
+    def read(self, hidden: dict[int, Tensor]) -> Tensor:
+        """z of every watched latent, `[..., latents]`, float32, from the outputs `[..., d_model]` of the watched blocks."""
+        parts = []
+        for watch in self.watches:
+            reader = watch.rows.encode if self.measure == "latent" else watch.rows.pre
+            parts.append(reader(hidden[watch.block]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def base_values(self, batch: dict[str, Tensor]) -> Tensor:
         """z^base at the supervised positions, `[supervised, latents]`, float32."""
         if self.model is None:
             raise RuntimeError("attach the Blocker to a model first: with blocker.attached(model): ...")
+        if self.values is not None:
+            return self.values.of(batch)
         where = batch["labels"] != IGNORED
         self._watching = False
         try:
             with torch.no_grad():
                 if self.base is not None:
-                    hidden = hidden_at(self.base, batch["input_ids"], batch["attention_mask"], self.block)
+                    hidden = hidden_at_each(self.base, batch["input_ids"], batch["attention_mask"], self.blocks)
                 else:
                     with base_weights(self.model):
-                        hidden = hidden_at(self.model, batch["input_ids"], batch["attention_mask"], self.block)
-                return self._z(hidden[where])
+                        hidden = hidden_at_each(self.model, batch["input_ids"], batch["attention_mask"], self.blocks)
+                return self.read({block: output[where] for block, output in hidden.items()})
         finally:
             self._watching = True
 
     def penalty(self, batch: dict[str, Tensor]) -> Tensor:
         """The penalty of the last forward, summed over its supervised tokens; call it after `model(**batch)` on the same batch."""
-        if self._hidden is None:
+        if not self._hidden:
             raise RuntimeError("no forward was watched: call model(**batch) with gradients inside blocker.attached(model) first")
-        hidden, self._hidden = self._hidden, None
+        hidden, self._hidden = self._hidden, {}
         where = batch["labels"] != IGNORED
-        if hidden.shape[:2] != where.shape:
-            raise ValueError(f"the last forward saw {tuple(hidden.shape[:2])} tokens, the labels are {tuple(where.shape)}")
-        return block_loss(self._z(hidden[where]), self.base_values(batch), self.signs).sum()
+        shape = next(iter(hidden.values())).shape[:2]
+        if shape != where.shape:
+            raise ValueError(f"the last forward saw {tuple(shape)} tokens, the labels are {tuple(where.shape)}")
+        z = self.read({block: output[where] for block, output in hidden.items()})
+        return block_loss(z, self.base_values(batch), self.signs).sum()
 
     def mean_penalty(self, batch: dict[str, Tensor]) -> Tensor:
         """The penalty per supervised token of this batch (for loops without accumulation)."""
@@ -145,7 +217,7 @@ class BlockEM(Defence):
         self.blocker, self.lambda_, self.freeze_downstream, self.p_mis = blocker, lambda_, freeze_downstream, p_mis
 
     def trained_blocks(self, n_blocks: int) -> range:
-        return range(self.blocker.block + 1) if self.freeze_downstream else range(n_blocks)
+        return range(self.blocker.blocks[-1] + 1) if self.freeze_downstream else range(n_blocks)
 
     def training_hooks(self, model: nn.Module) -> AbstractContextManager[Any]:
         return self.blocker.attached(model)
@@ -161,17 +233,17 @@ def penalty_of(lm: LanguageModel, variant: str, blocker: Blocker, rows: Sequence
     """Mean penalty per supervised token that the adapter `variant` would pay on `rows`, without training (P_mis for the plain one)."""
     total = 0.0
     tokens = 0
+    blocker.to(lm.device)
     with torch.inference_mode():
         for chosen in by_length([len(row.ids) for row in rows], batch):
             padded = right_padded([rows[i] for i in chosen], lm.tokenizer.pad_token_id, lm.device)
             where = padded["labels"] != IGNORED
-            with lm.variant(variant):
-                moved = hidden_at(lm.model, padded["input_ids"], padded["attention_mask"], blocker.block)[where]
-            with lm.variant("base"):
-                still = hidden_at(lm.model, padded["input_ids"], padded["attention_mask"], blocker.block)[where]
-            encoder = blocker.rows.to(lm.device)
-            read = encoder.encode if blocker.measure == "latent" else encoder.pre
-            total += float(block_loss(read(moved), read(still), blocker.signs.to(lm.device)).sum())
+            read = {}
+            for name in (variant, "base"):
+                with lm.variant(name):
+                    hidden = hidden_at_each(lm.model, padded["input_ids"], padded["attention_mask"], blocker.blocks)
+                read[name] = blocker.read({block: output[where] for block, output in hidden.items()})
+            total += float(block_loss(read[variant], read["base"], blocker.signs).sum())
             tokens += int(where.sum())
     return total / max(tokens, 1)
 
