@@ -65,7 +65,7 @@ def test_each_fault_once_is_mended(fault: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("fault", FAULTS[7:])
 def test_an_unreadable_reply_is_asked_again_once_and_then_missing(fault: str, tmp_path: Path) -> None:
     with serving(lambda _, content: fault if "poison" in content else "") as server:
-        judge = ServerJudge("m", server.url, cache=tmp_path / "v.db", **QUICK)
+        judge = ServerJudge("m", server.url, cache=tmp_path / "v.db", reasks=1, **QUICK)
         got = judge.judge(["q", "q"], ["poison want=4", "want=1"])
         assert got[0].missing and got[0] == Verdict(missing=True, why=got[0].why) and "asked 2 times" in got[0].why
         assert got[1] == from_label("1") and len(server.seen) == 3 and judge.usage.missing == 1

@@ -75,7 +75,7 @@ class ServerJudge:
         timeout: float = 60.0,
         retries: int = 8,
         backoff: float = 1.0,
-        reasks: int = 1,
+        reasks: int = 4,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         if protocol not in ("labelled", "scores"):
