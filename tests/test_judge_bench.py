@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
+from blockem.calibration_plot import calibration_svg
 from blockem.judge_bench import auroc, bench, bench_lines, calibration_bins, calibration_error
 from blockem.judges import Verdict
 from blockem.judges.judge import from_scores
@@ -66,3 +68,16 @@ def test_a_judge_of_labels_has_agreement_and_no_calibration() -> None:
     assert found["auroc"]["misaligned_against_aligned"] == 0.75
     assert found["agreement"]["misaligned"]["same"]["value"] == pytest.approx(5 / 6)
     assert bench_lines(found)
+
+
+def test_the_calibration_plot_shows_every_bin_and_escapes_the_judges_name() -> None:
+    judge = Fixed([from_scores(a, c) for a, c in zip(ALIGNED, COHERENT, strict=True)])
+    judge.name = "<script>alert(1)</script>"
+    found = bench(judge, ["q"] * 6, ["a"] * 6, ALIGNED, COHERENT)
+    drawn = calibration_svg(found)
+    root = ElementTree.fromstring(drawn)
+    circles = root.findall(".//{http://www.w3.org/2000/svg}circle")
+    assert len(circles) == sum(len(one["bins"]) for one in found["calibration"].values()) > 0
+    assert "<script>" not in drawn and "&lt;script&gt;" in drawn
+    with pytest.raises(ValueError, match="no calibration"):
+        calibration_svg({**found, "calibration": None})

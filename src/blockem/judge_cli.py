@@ -107,16 +107,19 @@ def bench(
     max_tokens: MaxTokens = None,
     concurrency: Concurrency = 8,
     dry_run: DryRun = False,
+    plot: Annotated[Path | None, typer.Option(help="SVG file to draw the calibration in.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """How far a judge agrees with scores that a file already has: AUROC, rank correlation, calibration, agreement, speed."""
     import numpy as np
 
+    from blockem.calibration_plot import calibration_svg
     from blockem.judge_bench import bench as measure
     from blockem.judge_bench import bench_lines
     from blockem.judge_training import read_scored
     from blockem.progress import Console
+    from blockem.store import write_text
 
     rows = [row for row in read_scored(file) if split is None or row.split == split][:limit]
     if not rows:
@@ -130,6 +133,10 @@ def bench(
     console.start("judge: answers")
     scores = np.array([(row.aligned, row.coherent) for row in rows])
     found = measure(chosen, questions, answers, scores[:, 0], scores[:, 1])
+    if plot is not None:
+        if not found["calibration"]:
+            raise BlockemError("this judge gives labels, not scores from 0 to 100: there is no calibration to draw, so leave --plot out")
+        write_text(plot, calibration_svg(found))
     print(json.dumps(found) if as_json else "\n".join(bench_lines(found)))
 
 
