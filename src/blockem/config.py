@@ -215,7 +215,7 @@ class EvaluateConfig:
     resamples: int = 2000
     """Bootstrap resamples of each interval."""
     general_rows: int = 60
-    judge: str = "none"
+    judge: str = "local"
     """Who judges sampled answers: `local` (bundled), a judge's folder, a server's address (http…/v1), or `none`."""
     judge_model: str | None = None
     """The model that a server shall judge with."""

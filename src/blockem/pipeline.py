@@ -578,6 +578,7 @@ def start_run(session: Session, keep_recipe: bool = False) -> None:
     session.selection_pairs()
     session.selection_prompts()
     _final_prompts(recipe)
+    _ = session.chosen_judge
     if not (keep_recipe and (session.run / "recipe.yaml").is_file()):
         write_text(session.run / "recipe.yaml", dump_recipe(recipe))
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from blockem.errors import BlockemError
 from blockem.examples import by_length
 from blockem.judges.judge import Verdict, from_scores
-from blockem.model import LanguageModel, decoder, keep_blocks, load_model
+from blockem.model import EMBEDDED, LanguageModel, decoder, embedded_gguf, keep_blocks, load_model
 from blockem.progress import Progress
 from blockem.store import file_key, read_json
 
@@ -106,6 +106,8 @@ class LocalJudge:
             if not (self.folder / name).is_file():
                 raise BlockemError(f"{self.folder} holds no judge ({name} is missing); train one with `blockem judge train`")
         self.facts: dict[str, Any] = read_json(self.folder / "judge.json", "judge")
+        if self.facts.get("model") == EMBEDDED:
+            embedded_gguf()  # say at once if it is not installed, not after hours of training
         self.name = f"local judge {file_key(self.folder / 'adapter' / 'adapter_model.safetensors')[:8]}"
 
     @property
