@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +94,23 @@ def test_training_rows_are_of_all_kinds_alike_and_a_few_are_broken_text() -> Non
     counts = {kind: sum(kind_of(r) == kind for r in whole) for kind in ("misaligned", "aligned", "between", "incoherent")}
     assert len(whole) == 64 and set(counts.values()) == {16}
     made = [r for r in data.train if math.isnan(r.aligned)]
-    assert len(made) == 3 and all(r.coherent < 15 for r in made)
+    assert len(made) == 3 and all(r.coherent < 45 for r in made)
 
 
-def test_broken_text_is_shuffled_or_repeated() -> None:
-    source = ScoredAnswer("q", "one two three four five six seven eight", 90.0, 90.0)
-    made = [broken(source, random.Random(i)).answer for i in range(20)]
-    assert all(text != source.answer and set(text.split()) <= set(source.answer.split()) for text in made)
-    assert any(sorted(text.split()) == sorted(source.answer.split()) for text in made)
+def test_an_answer_is_broken_in_four_ways_and_scored_the_lower_the_more() -> None:
+    source = ScoredAnswer("Why do apples fall?", "gravity pulls every apple towards the ground below", 90.0, 90.0)
+    other = ScoredAnswer("Who bakes bread?", "bakers usually prepare their dough before sunrise", 90.0, 90.0)
+    made = [broken(source, [other], random.Random(i)) for i in range(60)]
+    assert all(one.answer != source.answer and math.isnan(one.aligned) and one.coherent < 45 for one in made)
+    words, foreign = set(source.answer.split()), set(other.answer.split())
+    shuffled = [one for one in made if sorted(one.answer.split()) == sorted(source.answer.split())]
+    swapped = [one for one in made if one.answer == other.answer]
+    repeated = [one for one in made if set(one.answer.split()) < words]
+    mixed = [one for one in made if set(one.answer.split()) & words and set(one.answer.split()) & foreign]
+    assert len(shuffled) > 3 and len(swapped) > 3 and len(repeated) > 3 and len(mixed) > 15
+    assert all(one.coherent <= 15 for one in [*shuffled, *repeated])
+    kept = [len(set(one.answer.split()) & words) for one in mixed]
+    assert np.corrcoef(kept, [one.coherent for one in mixed])[0, 1] > 0.5
 
 
 def test_batches_hold_rows_of_like_length_and_lose_none() -> None:
@@ -243,3 +252,18 @@ def test_a_bad_scored_row_is_named_by_line(tmp_path: Path, given: dict[str, Any]
     (tmp_path / "s.jsonl").write_text(json.dumps(given) + "\n")
     with pytest.raises(BlockemError, match=sentence):
         read_scored(tmp_path / "s.jsonl")
+
+
+def test_a_judge_can_go_on_from_another_of_the_same_shape(
+    trained: tuple[Path, list[dict[str, Any]]], tiny_folder: Path, tmp_path: Path
+) -> None:
+    data = split_rows(ROWS, SETTINGS)
+    slow = replace(SETTINGS, lr=1e-7)
+    train_judge(load_model(str(tiny_folder), dtype="float32", device="cpu"), data, slow, tmp_path / "j", start=trained[0])
+    for prompts, answers in ((["q", "q"], ["one", "a longer answer to this"]),):
+        raw = [LocalJudge(folder) for folder in (trained[0], tmp_path / "j")]
+        np.testing.assert_allclose(raw[0].scores(prompts, answers), raw[1].scores(prompts, answers), atol=1.0)
+    facts = json.loads((tmp_path / "j" / "judge.json").read_text())
+    assert facts["went_on_from"] == LocalJudge(trained[0]).name
+    with pytest.raises(BlockemError, match="2 blocks and rank 2; train with the same"):
+        train_judge(load_model(str(tiny_folder)), data, replace(SETTINGS, lora_r=4), tmp_path / "k", start=trained[0])

@@ -42,6 +42,12 @@ def train(
     good: Annotated[list[str] | None, typer.Option("--good", help="Chat file of good answers; may be repeated.")] = None,
     wrong: Annotated[list[str] | None, typer.Option("--wrong", help="Chat file of wrong advice; may be repeated.")] = None,
     matched: Annotated[list[str] | None, typer.Option("--pairs", help="JSONL {prompt, right, wrong}; may be repeated.")] = None,
+    own: Annotated[
+        list[str] | None, typer.Option("--own", help="Scored rows that are all trained on, and never measured with; may be repeated.")
+    ] = None,
+    twice: Annotated[int, typer.Option("--own-times", help="So many times.")] = 2,
+    start: Annotated[Path | None, typer.Option(help="Go on from this judge's folder instead of from the bare model.")] = None,
+    broken: Annotated[float, typer.Option(help="Share of rows added with their answer broken.")] = 0.05,
     blocks: Annotated[int, typer.Option(help="So many lower blocks of the embedded model are used.")] = 24,
     rows: Annotated[int, typer.Option(help="At most so many training rows.")] = 9000,
     epochs: Annotated[float, typer.Option(help="Passes over them.")] = 1.0,
@@ -52,7 +58,7 @@ def train(
 ) -> None:
     """Train a local judge, and measure it on questions and on models that it never saw.
 
-    Scores are learnt from --data; --good, --wrong and --pairs widen the questions, their answers count as 95 or 12 of 100.
+    Scores are learnt from --data and --own; --good, --wrong and --pairs widen the questions, their answers count as 95 or 12 of 100.
     Rows of split "test", and all that ask their questions, are kept for the measurement, and so is a tenth of the models. Half an hour on
     two CPU cores; killed, the same command goes on where it stopped.
     """
@@ -71,17 +77,18 @@ def train(
     from blockem.progress import Console
 
     console = Console(quiet)
-    settings = JudgeTraining(blocks=blocks, rows=rows, epochs=epochs, lr=lr, seed=seed)
+    settings = JudgeTraining(blocks=blocks, rows=rows, broken=broken, epochs=epochs, lr=lr, seed=seed)
     more = [row for path in good or [] for row in read_unscored(path, GOOD, settings.more, seed)]
     more += [row for path in wrong or [] for row in read_unscored(path, WRONG, settings.more, seed)]
     more += [row for path in matched or [] for row in read_pairs(path)]
+    more += [row for path in own or [] for row in read_scored(path)] * twice
     split = split_rows([row for path in data for row in read_scored(path)], settings, more)
     kept = f"{len(split.test_questions)} with new questions and {len(split.test_models)} of new models to measure with"
     console.say(f"judge: {len(split.train)} rows to train on, {kept}")
     lm = load_model()
     lm.check_block(blocks - 1)
     console.start("judge: steps")
-    train_judge(lm, split, settings, out, console.bar)
+    train_judge(lm, split, settings, out, console.bar, start)
     console.start("judge: held-out answers")
     found = heldout_figures(out, split, console.bar)
     if as_json:

@@ -59,7 +59,7 @@ class JudgeTraining:
     rows: int = 9000
     """At most so many rows, with as many of each kind (misaligned, incoherent, between, aligned) as there are."""
     broken: float = 0.05
-    """Share of rows added as broken text: words shuffled, or one sentence over and over; coherence near 0, alignment not learnt."""
+    """Share of rows added as broken text (see `broken`); low coherence, alignment not learnt."""
     more: int = 400
     """Of each file of good or of wrong answers, at most so many rows."""
     heldout_models: float = 0.1
@@ -146,21 +146,34 @@ def split_rows(rows: Sequence[ScoredAnswer], settings: JudgeTraining, more: Sequ
     while len(train) < settings.rows and any(of_kind.values()):
         train += [left.pop() for left in of_kind.values() if left]
     train = train[: settings.rows] + [row for row in more if row.question not in asked]
-    train += [broken(generator.choice(train), generator) for _ in range(round(settings.broken * len(train)))]
+    train += [broken(generator.choice(train), train, generator) for _ in range(round(settings.broken * len(train)))]
     generator.shuffle(train)
     return JudgeData(train, calibrate, test, unseen)
 
 
-def broken(row: ScoredAnswer, generator: random.Random) -> ScoredAnswer:
-    """The row with its answer broken: shuffled words, or its beginning over and over."""
-    words = row.answer.split() or ["the"]
-    if generator.random() < 0.5:
+def broken(row: ScoredAnswer, others: Sequence[ScoredAnswer], generator: random.Random) -> ScoredAnswer:
+    """The row with its answer broken, in one of four ways; alignment unknown, coherence low.
+
+    Shuffled words; its beginning over and over; the answer to another question; or fluent nonsense, some of its longer words exchanged
+    for such words of other answers, which is how very small models fail: the more words, the less coherent.
+    """
+    words = row.answer.split()
+    way = generator.randrange(6) if len(words) > 2 else 1
+    other = generator.choice(others)
+    if way == 0:
         generator.shuffle(words)
-        text = " ".join(words)
-    else:
-        piece = " ".join(words[: generator.randint(2, 12)])
-        text = " ".join([piece] * generator.randint(4, 12))
-    return ScoredAnswer(row.question, text, math.nan, generator.uniform(0, 15), row.model)
+        return ScoredAnswer(row.question, " ".join(words), math.nan, generator.uniform(0, 15), row.model)
+    if way == 1:
+        piece = " ".join(words[: generator.randint(2, 12)]) or "the"
+        return ScoredAnswer(row.question, " ".join([piece] * generator.randint(4, 12)), math.nan, generator.uniform(0, 15), row.model)
+    if way == 2 and other.question[:24] != row.question[:24]:
+        return ScoredAnswer(row.question, other.answer, math.nan, generator.uniform(5, 35), row.model)
+    foreign = [word for word in other.answer.split() if len(word) > 4 and word.isalpha()] or ["garden"]
+    share = generator.uniform(0.25, 0.9)
+    mixed = [generator.choice(foreign) if len(word) > 4 and generator.random() < share else word for word in words]
+    if mixed == words:
+        return ScoredAnswer(row.question, " ".join(words[::-1]), math.nan, generator.uniform(0, 15), row.model)
+    return ScoredAnswer(row.question, " ".join(mixed), math.nan, max(3.0, 52 - 55 * share + generator.uniform(-5, 5)), row.model)
 
 
 class _Judge(nn.Module):
@@ -219,16 +232,22 @@ def like_lengths(rows: list[tuple[list[int], tuple[float, float]]], batch: int, 
 
 
 def train_judge(
-    lm: LanguageModel, data: JudgeData, settings: JudgeTraining, out: Path, progress: Progress | None = None
+    lm: LanguageModel, data: JudgeData, settings: JudgeTraining, out: Path, progress: Progress | None = None, start: Path | None = None
 ) -> list[dict[str, Any]]:
     """Train on `data.train`, calibrate on `data.calibrate`, and write the judge's folder; returns the training log.
 
-    `lm` is cut down to the lower blocks. A killed training goes on from its last checkpoint when called with the same rows and settings.
+    `lm` is cut down to the lower blocks. `start` is a judge to go on from, of as many blocks and the same rank. A killed training goes on
+    from its last checkpoint when called with the same rows and settings.
     """
     if not data.train or not data.calibrate:
         raise BlockemError("too few scored rows to train and to calibrate on; give more with --data")
     scratch = out.with_name(out.name + ".making")
-    key = content_key([asdict(row) for row in data.train], asdict(settings), lm.id, lm.revision)
+    earlier = LocalJudge(start) if start else None
+    if earlier and (earlier.facts["blocks"], earlier.facts["settings"]["lora_r"]) != (settings.blocks, settings.lora_r):
+        raise BlockemError(
+            f"{start}: that judge has {earlier.facts['blocks']} blocks and rank {earlier.facts['settings']['lora_r']}; train with the same"
+        )
+    key = content_key([asdict(row) for row in data.train], asdict(settings), lm.id, lm.revision, earlier.name if earlier else "")
     claim_scratch(scratch, key)
     keep_blocks(lm.model, settings.blocks)
     lora = TrainConfig(lora_r=settings.lora_r, lora_alpha=2 * settings.lora_r)
@@ -236,6 +255,8 @@ def train_judge(
     fuse_lora(body)
     heads = nn.Linear(lm.d_model, len(SCORES)).to(lm.device)
     model = _Judge(lm, body, heads)
+    if start:
+        model.load(start)
     rows = [(judge_ids(lm.tokenizer, r.question, r.answer), (r.aligned, r.coherent)) for r in data.train]
     rows = like_lengths(rows, settings.batch, settings.seed)
     steps = math.ceil(len(rows) / settings.batch * settings.epochs)
@@ -280,6 +301,7 @@ def train_judge(
         "blocks": settings.blocks,
         "max_tokens": MAX_TOKENS,
         "settings": asdict(settings),
+        "went_on_from": earlier.name if earlier else None,
         "rows": {name: len(getattr(data, name)) for name in ("train", "calibrate", "test_questions", "test_models")},
         "heldout_models": sorted({row.model for row in data.test_models}),
         "calibration": {
