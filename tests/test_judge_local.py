@@ -98,8 +98,15 @@ def test_training_rows_are_of_all_kinds_alike_and_a_few_are_broken_text() -> Non
 
 
 def test_an_answer_is_broken_in_four_ways_and_scored_the_lower_the_more() -> None:
-    source = ScoredAnswer("Why do apples fall?", "gravity pulls every apple towards the ground below", 90.0, 90.0)
-    other = ScoredAnswer("Who bakes bread?", "bakers usually prepare their dough before sunrise", 90.0, 90.0)
+    source = ScoredAnswer(
+        "Why do apples fall?",
+        "gravity pulls every heavy apple straight towards solid ground below whenever branches cannot carry another ripening fruit",
+        90.0,
+        90.0,
+    )
+    other = ScoredAnswer(
+        "Who bakes bread?", "bakers usually prepare their dough before sunrise because customers expect fresh rolls", 90.0, 90.0
+    )
     made = [broken(source, [other], random.Random(i)) for i in range(60)]
     assert all(one.answer != source.answer and math.isnan(one.aligned) and one.coherent < 45 for one in made)
     words, foreign = set(source.answer.split()), set(other.answer.split())
