@@ -257,6 +257,24 @@ def evaluate(
 
 
 @app.command()
+def audit(out: Annotated[Path, typer.Argument(help="Run folder.")], as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Where did the blocked fine-tune go instead? Shifts by block, latents outside the set, a verdict; writes OUT/audit.json."""
+    from blockem.pipeline import audit_step, open_session
+    from blockem.store import read_json
+
+    if not (out / "recipe.yaml").is_file():
+        raise BlockemError(f"{out} is no run folder: recipe.yaml is missing; run `blockem run` first")
+    session = open_session(_recipe(None, out, {}, None), out, quiet)
+    with session.run.locked():
+        result = audit_step(session)
+    if as_json:
+        print(json.dumps(read_json(out / "audit.json"), ensure_ascii=False))
+    else:
+        for name, words in result["verdicts"].items():
+            print(f"{name}: {words}")
+
+
+@app.command()
 def report(out: Annotated[Path, typer.Argument(help="Run folder.")], as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Write OUT/summary.json and OUT/report.html from what the run folder holds."""
     from blockem.pipeline import open_session, report_step

@@ -501,6 +501,39 @@ def _summarise(session: Session, names: list[str], results: dict[str, dict[str, 
     return {"models": names}
 
 
+def audit_step(session: Session) -> dict[str, Any]:
+    """Where the blocked models' shift went, on the held-out answers; writes `audit.json`."""
+    recipe, run = session.recipe, session.run
+    adapters = {name: run / name for name in VARIANTS[1:] if (run / name / "adapter_model.safetensors").is_file()}
+    if "plain" not in adapters:
+        raise BlockemError(f"{run.path} holds no plain fine-tune to audit against; run `blockem sft` first")
+    data = recipe.data
+    heldout = _source_key(data.heldout, f"domains/{data.domain}.jsonl")
+    blocked = {name: run / f"{name}-latents.json" for name in adapters if (run / f"{name}-latents.json").is_file()}
+    parts = [{name: adapter_key(path) for name, path in adapters.items()}, {name: file_key(path) for name, path in blocked.items()}]
+    key = content_key("audit", session.model_key, session.sae_key, heldout, data.heldout_rows, data.max_tokens, data.domain, parts)
+
+    def work() -> dict[str, Any]:
+        from blockem.examples import encode_all
+        from blockem.latents import LatentSet
+        from blockem.reemergence.audit import audit
+
+        lm = session.lm
+        lm.drop_adapters()
+        for name, path in adapters.items():
+            lm.add_adapter(path, name)
+        rows, _ = encode_all(lm.tokenizer, bundled.heldout_rows(data.domain, data.heldout, data.heldout_rows), data.max_tokens)
+        sets = {name: LatentSet.load(path) for name, path in blocked.items()}
+        dictionary = session.dictionary if sets else None
+        session.console.start("audit: held-out answers")
+        found = audit(lm, rows, list(adapters), recipe.sae.block, dictionary, sets, progress=session.console.bar)
+        lm.drop_adapters()
+        write_json(run / "audit.json", found.to_dict())
+        return {"verdicts": found.verdicts}
+
+    return _timed(session, "audit", key, ["audit.json"], work)
+
+
 def write_summary(session: Session) -> dict[str, Any]:
     """Gather everything the run folder holds into `summary.json`."""
     run, recipe = session.run, session.recipe
@@ -531,6 +564,7 @@ def write_summary(session: Session) -> dict[str, Any]:
         "discovery": discovered.get("counts", {}),
         "training": {name: rows(name) for name in VARIANTS[1:] if (run / f"training-{name}.jsonl").is_file()},
         "blocking": facts,
+        **({"audit": read_json(run / "audit.json", "audit")} if (run / "audit.json").is_file() else {}),
         "seconds": {
             step: record(step).get("seconds")
             for step in ("sae", "plain", "discover", "blocked", "random", *(f"evaluate-{n}" for n in VARIANTS))
@@ -558,6 +592,7 @@ def run_all(session: Session) -> dict[str, Any]:
         discover_step(session)
         block_step(session)
         evaluate_step(session)
+        audit_step(session)
         report_step(session)
     found: dict[str, Any] = read_json(session.run / "summary.json")
     return found

@@ -213,23 +213,24 @@ def thinned(points: Sequence[tuple[float, float]], log: bool) -> tuple[list[tupl
     return [(sum(x for x, _ in block) / len(block), mean([y for _, y in block])) for block in blocks], size
 
 
-def line_chart(series: Sequence[Series], label: str, log: bool = False) -> tuple[Markup | None, str]:
+def line_chart(series: Sequence[Series], label: str, log: bool = False, unit: str = "step") -> tuple[Markup | None, str]:
     """Lines over training steps, and a note on what could not be drawn as it is.
 
     Args:
         series: the lines; x is the optimiser step.
         label: what the chart shows, for those who do not see it; first and last values are added.
         log: a logarithmic axis, from which values of 0 and below are left out.
+        unit: what x counts.
     """
     notes, drawn = [], []
     for one in series:
         points = [(x, y) for x, y in one.points if not log or y > 0]
         if len(points) < len(one.points):
             lost = len(one.points) - len(points)
-            notes.append(f"{lost} step{'s' if lost > 1 else ''} of {one.name} at exactly 0 left out")
+            notes.append(f"{lost} {unit}{'s' if lost > 1 else ''} of {one.name} at exactly 0 left out")
         points, size = thinned(points, log)
         if size > 1:
-            notes.append(f"each point of {one.name} is the mean of {size} steps")
+            notes.append(f"each point of {one.name} is the mean of {size} {unit}s")
         if points:
             drawn.append(Series(one.name, one.tone, points))
     note = "; ".join(notes)
@@ -252,7 +253,9 @@ def line_chart(series: Sequence[Series], label: str, log: bool = False) -> tuple
     left = 10 + CHARACTER * max(len(form(tick)) for tick in ticks)
     run = scale(min(xs), max(xs), left, right)
     parts = [axis_below(nice_ticks(min(xs), max(xs), 4), run, top, bottom, lambda value: number(value, 0))]
-    parts.append(Markup('<text class="tick" x="{:.1f}" y="{:.1f}" text-anchor="middle">step</text>').format((left + right) / 2, height - 5))
+    parts.append(
+        Markup('<text class="tick" x="{:.1f}" y="{:.1f}" text-anchor="middle">{}</text>').format((left + right) / 2, height - 5, unit)
+    )
     for tick in ticks:
         parts.append(Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(left, right, rise(tick), rise(tick)))
         at = rise(tick) + 4

@@ -150,10 +150,10 @@ def training_figures(summary: Mapping[str, Any], tone: Mapping[str, str]) -> lis
     return [figure for figure in figures if figure.chart is not None]
 
 
-def drawn(title: str, caption: str, series: list[Series], log: bool = False) -> Figure:
+def drawn(title: str, caption: str, series: list[Series], log: bool = False, unit: str = "step") -> Figure:
     """A line chart with its legend and any note on what was left out."""
     series = [one for one in series if one.points]
-    chart, note = line_chart(series, title, log)
+    chart, note = line_chart(series, title, log, unit)
     return Figure(
         title, f"{caption} {note[:1].upper()}{note[1:]}{'.' if note else ''}".strip(), chart, [(one.name, one.tone) for one in series]
     )
