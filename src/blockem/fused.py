@@ -82,6 +82,21 @@ def fuse_lora(model: nn.Module) -> int:
     return count
 
 
+def merged_weight(layer: Any) -> Tensor | None:
+    """The one weight `[out, in]` that a fused layer amounts to as its adapters are switched now; None for any other module."""
+    forward = vars(layer).get("forward")
+    if getattr(forward, "func", None) is not _lora_forward or layer.merged:
+        return None
+    weight: Tensor = layer.base_layer.weight
+    active = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) > 1:
+        return None
+    for name in active:
+        update = layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float()
+        weight = (weight.float() + layer.scaling[name] * update).to(weight.dtype)
+    return weight
+
+
 class _Attention(torch.autograd.Function):
     """softmax(q kᵀ · scale + mask) v by matrix products; keeps only the probabilities, in the dtype of q.
 

@@ -52,6 +52,22 @@ class _TokenLogprobs(torch.autograd.Function):
         return gradient * grads[0][:, None].to(gradient.dtype), None, None, None, None
 
 
+def _head(model: nn.Module) -> tuple[Any, float | None, float]:
+    """(head, soft cap, scale) of the architecture."""
+    inner = unwrapped(model)
+    config = inner.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere; Granite
+    return inner.get_output_embeddings(), cap, scale
+
+
+def next_logits(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits `[rows, vocabulary]` in the head's dtype, from final hidden states `[rows, d_model]`."""
+    head, cap, scale = _head(model)
+    logits: Tensor = head(hidden if scale == 1 else hidden * scale)
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
 def token_logprobs(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """Log-probability of each target token, `[tokens]`, float32, nats.
 
@@ -60,11 +76,7 @@ def token_logprobs(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
         hidden: final hidden states `[tokens, d_model]`, after the last norm.
         targets: token ids `[tokens]`.
     """
-    inner = unwrapped(model)
-    head = inner.get_output_embeddings()
-    config = inner.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere; Granite
+    head, cap, scale = _head(model)
     if scale != 1:
         hidden = hidden * scale
     found: Tensor = _TokenLogprobs.apply(hidden, targets, head.weight, getattr(head, "bias", None), cap)
