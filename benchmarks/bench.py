@@ -1,103 +1,82 @@
-"""Speeds on this machine with the embedded model: `make bench`, or `python benchmarks/bench.py --json`.
+"""Speed and memory on this machine with the embedded model, as ratios against a mark: `make bench`, or `blockem bench --json`.
 
-Each figure is the median of `--repeat` runs after one that is not counted; both sides of a ratio are measured in turn.
+Both sides of a ratio are measured in turn in one process; a figure is the median of the rounds' ratios, with quartiles.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 
-import torch
+sys.path.insert(0, str(Path(__file__).parent))
 
-from blockem import bundled
-from blockem.bundled import pairs
-from blockem.config import TrainConfig
-from blockem.defences.block_em import Blocker
-from blockem.dictionary import load_dictionary
-from blockem.examples import encode_all, right_padded
-from blockem.generation import generate
-from blockem.head import supervised_logprobs, watch_final
-from blockem.likelihood import SteeredRows, encode_pairs
-from blockem.model import hidden_at, load_model
-from blockem.training import add_lora
+from measuring import Measure, in_turn, line, missing
 
-BLOCK = 18
+GROUPS = ("help", "training", "memory", "screening", "decoding")
 
 
-def median_seconds(works: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
-    """Seconds of each piece of work, taken in turn."""
-    for work in works.values():
-        work()
-    taken: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeat):
-        for name, work in works.items():
-            began = time.perf_counter()
-            work()
-            taken[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in taken.items()}
-
-
-def help_seconds(repeat: int) -> float:
+def help_seconds(repeat: int) -> list[Measure]:
     def work() -> None:
         subprocess.run([sys.executable, "-m", "blockem", "--help"], capture_output=True, check=True)
 
-    return median_seconds({"help": work}, repeat)["help"]
+    taken = sorted(in_turn({"help": work}, max(repeat, 3))["help"])
+    return [Measure("blockem --help, seconds", "–", taken[len(taken) // 2], taken[0], taken[-1], 0.5)]
 
 
-def measure(repeat: int) -> dict[str, float]:
-    """All figures: seconds and tokens a second."""
-    found = {"help_seconds": help_seconds(repeat)}
-    lm = load_model()
-    dictionary = load_dictionary()
-    rows, _ = encode_all(lm.tokenizer, bundled.domain_rows("health", limit=16))
-    batch = right_padded(rows, lm.tokenizer.pad_token_id, lm.device)
-    tokens = int(batch["attention_mask"].sum())
+def decoding(repeat: int) -> list[Measure]:
+    import decoding as group
 
-    with torch.inference_mode():
-        forward = median_seconds({"truncated": lambda: hidden_at(lm.model, batch["input_ids"], batch["attention_mask"], BLOCK)}, repeat)
-    found["truncated_forward_tokens_per_second"] = tokens / forward["truncated"]
+    found = group.measure(repeat)
+    rows = (
+        ("screening_speedup", "generated screening, conditions a second", "transformers' generate, a condition a batch", 4.0, False),
+        ("decode_over_prefill", "decoding at 128 rows, tokens a second", "prefill, tokens a second", 0.5, False),
+        ("edits_overhead", "decoding with an edit a row", "the same batch unsteered", 1.03, True),
+    )
+    return [Measure(name, against, found[key], mark=mark, at_most=at_most) for key, name, against, mark, at_most in rows]
 
-    chosen = encode_pairs(lm, [p for p in pairs() if p.split == "select"][:20])
-    steered = SteeredRows(lm, chosen, BLOCK, "base")
-    found["screen_seconds_per_20_pairs"] = median_seconds({"screen": lambda: steered.logprobs(torch.ones(lm.d_model))}, repeat)["screen"]
 
-    prompts = [p.prompt for p in bundled.final_prompts()[:32]]
-    answered = median_seconds({"decode": lambda: generate(lm, prompts, 32)}, repeat)["decode"]
-    found["decode_tokens_per_second_32_rows"] = 32 * 32 / answered
-
-    model = add_lora(lm, TrainConfig(), range(lm.n_blocks), 0)
-    blocker = Blocker(dictionary.rows(range(20)), [1] * 20, BLOCK)
-
-    def step(blocked: bool) -> None:
-        with watch_final(model) as seen:
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=1)
-        loss = -supervised_logprobs(model, seen[0], batch["labels"])[0].mean()
-        if blocked:
-            loss = loss + blocker.mean_penalty(batch)
-        loss.backward()
-        model.zero_grad()
-
-    with blocker.attached(model):
-        taken = median_seconds({"plain": lambda: step(False), "blocked": lambda: step(True)}, repeat)
-    found["train_tokens_per_second_plain"] = tokens / taken["plain"]
-    found["train_tokens_per_second_blocked"] = tokens / taken["blocked"]
-    found["blocked_over_plain_step"] = taken["blocked"] / taken["plain"]
+def group_of(name: str) -> Callable[[int], list[Measure]]:
+    if name == "help":
+        return help_seconds
+    if name == "decoding":
+        return decoding
+    module = __import__(name)
+    found: Callable[[int], list[Measure]] = module.measure
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    found = {name: round(value, 3) for name, value in measure(options.repeat).items()}
-    print(json.dumps(found) if options.json else "\n".join(f"{name:45} {value}" for name, value in found.items()))
+def measure(only: list[str], repeat: int) -> list[Measure]:
+    """Every group; one that fails is reported as not measured and does not stop the rest."""
+    found = []
+    for name in only or GROUPS:
+        print(f"bench: {name}", file=sys.stderr, flush=True)
+        began = time.perf_counter()
+        try:
+            found += group_of(name)(repeat)
+        except Exception as error:  # a benchmark that breaks must not take the others with it
+            found.append(missing(name, "–", 0.0, True, f"{type(error).__name__}: {error}"))
+        print(f"bench: {name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="blockem bench", description=__doc__)
+    parser.add_argument("--only", action="append", choices=GROUPS, help="only this group; may be repeated")
+    parser.add_argument("--repeat", type=int, default=5, help="rounds")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(argv)
+    found = measure(options.only or [], options.repeat)
+    if options.json:
+        print(json.dumps([{**asdict(one), "reached": one.reached} for one in found], indent=1))
+        return
+    print("| measure | against | mark | here [quartiles] | |\n| --- | --- | --- | --- | --- |")
+    print("\n".join(line(one) for one in found))
 
 
 if __name__ == "__main__":

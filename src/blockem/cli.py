@@ -420,6 +420,24 @@ def doctor(as_json: AsJson = False) -> None:
         raise SystemExit(2)
 
 
+@app.command()
+def bench(
+    only: Annotated[list[str] | None, typer.Option(help="help, training, memory, screening or decoding; may be repeated.")] = None,
+    repeat: Annotated[int, typer.Option(help="Rounds; both sides of a ratio have their turn in each.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Speed and memory on this machine, as ratios against a mark (docs/PERFORMANCE.md). Ten minutes; only from a source checkout."""
+    import subprocess
+
+    script = Path(__file__).parents[2] / "benchmarks" / "bench.py"
+    if not script.is_file():
+        raise BlockemError("the benchmarks come with the source checkout: clone the repository and run `make bench` there")
+    words = [word for name in only or [] for word in ("--only", name)] + ["--repeat", str(repeat)] + ["--json"] * as_json
+    code = subprocess.run([sys.executable, str(script), *words], check=False).returncode
+    if code:
+        raise typer.Exit(code)
+
+
 def main() -> None:
     """Entry point: one sentence and exit code 2 for bad input, 130 for Ctrl-C, no traceback for either."""
     import warnings
