@@ -51,3 +51,18 @@ def test_without_the_checkout_it_says_where_to_get_it(monkeypatch: pytest.Monkey
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "blockem" / "cli.py"))
     with pytest.raises(BlockemError, match="source checkout"):
         cli.bench()
+
+
+def test_the_cost_model_counts_a_tiny_model_as_by_hand() -> None:
+    import cost
+
+    a = cost.Architecture("tiny", 2, 4, 8, 2, 1, 2, 10)
+    assert a.linear == 4 * 2 * (4 + 2) + 3 * 4 * 8 == 144
+    assert a.block(5) == 2 * 144 + 4 * 5 * 4 and a.head == 80
+    w = cost.Work(tokens=5, supervised=3)
+    assert cost.base_pass(a, w, 0) == 5 * a.block(5)
+    assert cost.screening(a, w, 0, True) < cost.screening(a, w, 0, False)
+    real = {one.name: one.weights for one in cost.MODELS}
+    assert real["SmolLM2-135M"] == pytest.approx(134.5e6, rel=0.01)
+    assert real["Llama-3.1-8B"] == pytest.approx(7.5e9, rel=0.01)  # without the input embedding
+    assert all(1 <= float(row["cached_over_plain"]) < 1.01 < float(row["online_over_plain"]) < 1.4 for row in cost.table())
