@@ -47,7 +47,6 @@ def train(
     ] = None,
     twice: Annotated[int, typer.Option("--own-times", help="So many times.")] = 2,
     start: Annotated[Path | None, typer.Option(help="Go on from this judge's folder instead of from the bare model.")] = None,
-    likelihood: Annotated[float, typer.Option(help="How much the base's log-probability of an answer counts for its coherence.")] = 0.0,
     broken: Annotated[float, typer.Option(help="Share of rows added with their answer broken.")] = 0.05,
     blocks: Annotated[int, typer.Option(help="So many lower blocks of the embedded model are used.")] = 24,
     rows: Annotated[int, typer.Option(help="At most so many training rows.")] = 9000,
@@ -78,7 +77,7 @@ def train(
     from blockem.progress import Console
 
     console = Console(quiet)
-    settings = JudgeTraining(blocks=blocks, rows=rows, broken=broken, likelihood=likelihood, epochs=epochs, lr=lr, seed=seed)
+    settings = JudgeTraining(blocks=blocks, rows=rows, broken=broken, epochs=epochs, lr=lr, seed=seed)
     more = [row for path in good or [] for row in read_unscored(path, GOOD, settings.more, seed)]
     more += [row for path in wrong or [] for row in read_unscored(path, WRONG, settings.more, seed)]
     more += [row for path in matched or [] for row in read_pairs(path)]

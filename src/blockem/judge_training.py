@@ -27,7 +27,7 @@ from blockem.config import TrainConfig
 from blockem.errors import BlockemError
 from blockem.examples import by_length, read_chat, read_rows
 from blockem.fused import cpu_attention, fuse_lora
-from blockem.judges.local import MAX_TOKENS, SCORES, Likelihood, LocalJudge, answer_likelihoods, judge_ids, judge_logits, raw_scores
+from blockem.judges.local import MAX_TOKENS, SCORES, LocalJudge, judge_ids, judge_logits, raw_scores
 from blockem.model import LanguageModel, keep_blocks, quiet_transformers
 from blockem.progress import Progress
 from blockem.store import claim_scratch, content_key, read_json, write_json
@@ -64,8 +64,6 @@ class JudgeTraining:
     """Of each file of good or of wrong answers, at most so many rows."""
     heldout_models: float = 0.1
     """Share of the models whose answers are kept apart."""
-    likelihood: float = 0.0
-    """How much the base's log-probability of an answer counts for its coherence, in logits a spread (see `judges.local.Likelihood`)."""
     calibration: int = 600
     """Rows kept apart to calibrate on."""
     seed: int = 0
@@ -251,9 +249,6 @@ def train_judge(
         )
     key = content_key([asdict(row) for row in data.train], asdict(settings), lm.id, lm.revision, earlier.name if earlier else "")
     claim_scratch(scratch, key)
-    asked, said = [row.question for row in data.calibrate], [row.answer for row in data.calibrate]
-    likelihoods = answer_likelihoods(lm, asked, said) if settings.likelihood else np.zeros(len(asked))
-    likelihood = Likelihood(settings.likelihood, float(likelihoods.mean()), float(likelihoods.std()) or 1.0)
     keep_blocks(lm.model, settings.blocks)
     lora = TrainConfig(lora_r=settings.lora_r, lora_alpha=2 * settings.lora_r)
     body = add_lora(lm, lora, range(settings.blocks), settings.seed)
@@ -299,15 +294,12 @@ def train_judge(
     finished = scratch / "judge"
     model.save(finished)
     halve(finished / "adapter" / "adapter_model.safetensors")
-    raw = raw_scores(model.lm, heads, asked, said)
-    if likelihood.weight:
-        raw = likelihood.blend(raw, likelihoods)
+    raw = raw_scores(model.lm, heads, [row.question for row in data.calibrate], [row.answer for row in data.calibrate])
     facts = {
         "model": lm.id,
         "revision": lm.revision,
         "blocks": settings.blocks,
         "max_tokens": MAX_TOKENS,
-        "likelihood": asdict(likelihood) if likelihood.weight else None,
         "settings": asdict(settings),
         "went_on_from": earlier.name if earlier else None,
         "rows": {name: len(getattr(data, name)) for name in ("train", "calibrate", "test_questions", "test_models")},

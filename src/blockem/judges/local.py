@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from blockem.errors import BlockemError
-from blockem.examples import Encoded, by_length, template_ids
+from blockem.examples import by_length
 from blockem.judges.judge import Verdict, from_scores
-from blockem.likelihood import completion_logprobs
-from blockem.model import EMBEDDED, LanguageModel, decoder, embedded_gguf, keep_blocks, load_model, only_blocks
+from blockem.model import EMBEDDED, LanguageModel, decoder, embedded_gguf, keep_blocks, load_model
 from blockem.progress import Progress
 from blockem.store import file_key, read_json
 
@@ -79,54 +78,6 @@ def raw_scores(
     return raw
 
 
-LIKELIHOOD_TOKENS = 48
-
-
-def answer_likelihoods(
-    lm: LanguageModel, prompts: Sequence[str], answers: Sequence[str], batch: int = 32, progress: Progress | None = None
-) -> np.ndarray[Any, Any]:
-    """Mean log-probability per token of each answer's beginning, `[answers]`, nats, under the whole base model.
-
-    What a very small model says at random is unlikely even to itself, which the judge is slow to see. The last 48 tokens of the
-    prompt and the first 48 of the answer are read.
-    """
-    rows = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        tail = lm.tokenizer(prompt, add_special_tokens=False)["input_ids"][-LIKELIHOOD_TOKENS:]
-        before = template_ids(lm.tokenizer, [{"role": "user", "content": lm.tokenizer.decode(tail)}], generation_prompt=True)
-        said = lm.tokenizer(answer or ".", add_special_tokens=False)["input_ids"][:LIKELIHOOD_TOKENS]
-        rows.append(Encoded((*before, *said), (*[False] * len(before), *[True] * len(said))))
-    found = np.zeros(len(rows))
-    done = 0
-    with torch.inference_mode(), lm.variant("base"):
-        for chosen in by_length([len(row.ids) for row in rows], batch):
-            found[chosen] = completion_logprobs(lm, [rows[i] for i in chosen], batch).numpy()
-            done += len(chosen)
-            if progress:
-                progress(done, len(rows))
-    return found
-
-
-@dataclass(frozen=True)
-class Likelihood:
-    """How the base's log-probability of an answer counts for its coherence: added to the logit, in spreads from the mean.
-
-    Attributes:
-        weight: 0 leaves it out.
-        mean, scale: nats per token, over the rows that the judge was calibrated on.
-    """
-
-    weight: float = 0.0
-    mean: float = 0.0
-    scale: float = 1.0
-
-    def blend(self, raw: np.ndarray[Any, Any], likelihoods: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """`[rows, 2]` raw outputs with the second moved by the likelihoods `[rows]`."""
-        share = np.clip(raw[:, 1], 1e-6, 1 - 1e-6)
-        logit = np.log(share / (1 - share)) + self.weight * (likelihoods - self.mean) / self.scale
-        return np.stack([raw[:, 0], 1 / (1 + np.exp(-logit))], axis=1)
-
-
 @dataclass(frozen=True)
 class Calibration:
     """Piecewise linear, rising maps from the raw output (0 to 1) to the score (0 to 100) that the reference judge gives on average."""
@@ -166,13 +117,11 @@ class LocalJudge:
         return found
 
     @cached_property
-    def _loaded(self) -> tuple[LanguageModel, nn.Linear, Calibration, Likelihood]:
+    def _loaded(self) -> tuple[LanguageModel, nn.Linear, Calibration]:
         from safetensors.torch import load_file
 
         lm = load_model(self.facts["model"], device=self.device)
-        likelihood = Likelihood(**(self.facts.get("likelihood") or {}))
-        if not likelihood.weight:
-            keep_blocks(lm.model, int(self.facts["blocks"]))
+        keep_blocks(lm.model, int(self.facts["blocks"]))
         lm.add_adapter(self.folder / "adapter", "judge")
         heads = nn.Linear(lm.d_model, len(SCORES))
         try:
@@ -180,17 +129,15 @@ class LocalJudge:
         except Exception as error:  # damaged files raise many kinds
             raise BlockemError(f"{self.folder / 'heads.safetensors'} cannot be read; train the judge again") from error
         maps = {name: tuple((float(x), float(y)) for x, y in self.facts["calibration"][name]) for name in SCORES}
-        return lm, heads.to(lm.device).eval().requires_grad_(False), Calibration(**maps), likelihood
+        return lm, heads.to(lm.device).eval().requires_grad_(False), Calibration(**maps)
 
     def scores(self, prompts: Sequence[str], answers: Sequence[str], batch: int = 32) -> np.ndarray[Any, Any]:
         """Calibrated `aligned` and `coherent` of each answer, `[answers, 2]`, 0 to 100."""
         if len(prompts) != len(answers):
             raise ValueError(f"{len(prompts)} prompts and {len(answers)} answers")
-        lm, heads, calibration, likelihood = self._loaded
-        with lm.variant("judge"), only_blocks(lm.model, 0, int(self.facts["blocks"])):
+        lm, heads, calibration = self._loaded
+        with lm.variant("judge"):
             raw = raw_scores(lm, heads, prompts, answers, batch, self.progress)
-        if likelihood.weight:
-            raw = likelihood.blend(raw, answer_likelihoods(lm, prompts, answers, batch, self.progress))
         return calibration.apply(raw)
 
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
