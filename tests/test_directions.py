@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 
+from blockem.defences.block_em import Blocker, penalty_of
 from blockem.defences.defence import Defence
 from blockem.directions import BOTH, Directions, DirectionSet, Shift, leading, shifts
 from blockem.errors import BlockemError
@@ -85,3 +86,26 @@ def test_damaged_and_missing_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bad").write_bytes(b"nonsense")
     with pytest.raises(BlockemError, match="not a DirectionSet"):
         DirectionSet.load(tmp_path / "bad")
+
+
+def test_a_blocker_of_directions_charges_what_they_move(lm: LanguageModel, tmp_path: Path) -> None:
+    plain(lm, tmp_path / "plain")
+    rows = tiny.encoded(lm, 6)
+    found = shifts(lm, "plain", rows, [1, 2])
+    kept = DirectionSet(lm.id, lm.revision, {block: leading(one, 3) for block, one in found.items()})
+    blocker = Blocker.from_directions(kept)
+    assert blocker.blocks == [1, 2] and len(blocker.signs) == 2 * (1 + 2 * 3)
+    paid = penalty_of(lm, "plain", blocker, rows)
+    by_hand = 0.0
+    for block, one in kept.blocks.items():
+        moved = found[block].second
+        spread = sum(float(v.double() @ moved @ v.double()) for v in one.vectors[1:]) / one.scale**2
+        batch = right_padded(rows, lm.tokenizer.pad_token_id)
+        where = batch["labels"] != IGNORED
+        states = []
+        for name in ("plain", "base"):
+            with torch.no_grad(), lm.variant(name):
+                states.append(hidden_at(lm.model, batch["input_ids"], batch["attention_mask"], block)[where] @ one.vectors[0])
+        by_hand += spread + float(((states[0] - states[1]) / one.scale).clamp_min(0).pow(2).mean())
+    assert paid == pytest.approx(by_hand, rel=1e-3)
+    assert penalty_of(lm, "base", blocker, rows) == 0.0

@@ -15,7 +15,7 @@ from blockem.judge_cli import judge_app
 
 if TYPE_CHECKING:
     from blockem.config import Recipe
-    from blockem.pipeline import Session
+    from blockem.session import Session
 
 app = typer.Typer(
     name="blockem",
@@ -164,7 +164,7 @@ def sft(
     quiet: Quiet = False,
 ) -> None:
     """Plain LoRA fine-tuning; the adapter goes to OUT/plain."""
-    from blockem.pipeline import sft_step
+    from blockem.trainings import sft_step
 
     _stage(recipe, out, dict(locals()), sets, sft_step)
 
@@ -187,7 +187,8 @@ def discover(
     quiet: Quiet = False,
 ) -> None:
     """Find the latents that carry misalignment (stages 1 to 3); writes OUT/latents.json and OUT/latents.csv."""
-    from blockem.pipeline import adapter_key, discover_step, sae_step
+    from blockem.pipeline import discover_step, sae_step
+    from blockem.session import adapter_key
 
     def work(session: Session) -> Any:
         adapter_key(misaligned or session.run / "plain")  # before the minutes that follow
@@ -219,9 +220,10 @@ def block_command(
     """Fine-tune with the latents of a LatentSet blocked; the adapter goes to OUT/blocked.
 
     With --set block.control=random as many random latents of like activation frequency are blocked instead; that adapter goes to
-    OUT/random.
+    OUT/random. With --set block.directions=N no SAE is needed: the plain fine-tune's mean shift and N leading directions are blocked
+    at each of block.direction_blocks.
     """
-    from blockem.pipeline import block_step
+    from blockem.trainings import block_step
 
     chosen = [*(sets or []), *([f"block.lambda_={lambda_}"] if lambda_ is not None else [])]
     _stage(recipe, out, dict(locals()), chosen, lambda session: block_step(session, latents, misaligned))

@@ -193,10 +193,16 @@ class BlockConfig:
     """`random`: block as many random latents of like activation frequency instead (a control)."""
     rule_rows: int = 64
     """Training rows on which ΔSFT and P_mis are measured."""
+    directions: int = 0
+    """Instead of latents, block the plain fine-tune's mean shift (one-sided) and so many leading directions around it (both sides)."""
+    direction_blocks: tuple[int, ...] = ()
+    """Blocks to do that at; empty: every fourth block."""
     base_values: str = "cached"
     """`cached`: the base's latents are computed once, before training, and kept; `online`: anew each step, for data seen once."""
 
     def __post_init__(self) -> None:
+        _need(self.directions >= 0, f"block.directions is {self.directions}; it must not be negative")
+        _need(not self.directions or self.control == "none", "block.control=random draws latents; it does not go with block.directions")
         _need(self.base_values in ("cached", "online"), f"block.base_values is {self.base_values!r}; use cached or online")
         _need(self.lambda_ is None or self.lambda_ >= 0, f"block.lambda_ is {self.lambda_}; it must not be negative")
         _need(self.measure in ("latent", "preactivation"), f"block.measure is {self.measure!r}; use latent or preactivation")

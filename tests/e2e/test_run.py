@@ -173,3 +173,16 @@ def test_the_readme_examples_work_as_written(tmp_path: Path) -> None:
         done = subprocess.run([command()[0], str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
+
+
+def test_directions_are_blocked_without_any_sae(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe")
+    run = tmp_path / "run"
+    for words in (["sft"], ["block", "--set", "block.directions=2", "--set", "block.direction_blocks=10,20"]):
+        done = blockem(*words, recipe, "--out", run, "--set", "data.rows=32", "--quiet")
+        assert done.returncode == 0, done.stderr
+    record = json.loads((run / "steps" / "blocked.json").read_text())["result"]
+    assert record["blocks"] == [10, 20] and record["n_latents"] == 2 * (1 + 2 * 2) and record["lambda"] > 0
+    assert (run / "directions.safetensors").is_file() and not (run / "blocked-latents.json").exists()
+    audited = blockem("audit", run, "--quiet")
+    assert audited.returncode == 0 and audited.stdout.startswith("blocked: "), audited.stderr

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from blockem.base_values import BaseValues
 from blockem.defences.defence import Defence
 from blockem.dictionary import Dictionary, EncoderRows
+from blockem.directions import DirectionSet
 from blockem.errors import BlockemError
 from blockem.examples import IGNORED, Encoded, by_length, right_padded
 from blockem.latents import LatentSet
@@ -51,11 +52,13 @@ class Watch:
         rows: encoder rows of the blocked latents.
         signs: +1 or −1 each.
         block: block index from 0.
+        linear: read the pre-activation whatever the blocker's measure (directions have no activation).
     """
 
     rows: EncoderRows
     signs: tuple[int, ...]
     block: int
+    linear: bool = False
 
 
 class Blocker:
@@ -109,6 +112,15 @@ class Blocker:
         """From a LatentSet file and the SAE it was made with."""
         return cls(dictionary.rows(latents.ids), latents.signs, latents.block, measure, base)
 
+    @classmethod
+    def from_directions(cls, directions: DirectionSet, base: nn.Module | None = None) -> Blocker:
+        """From directions at several blocks; no SAE is needed. One unit is the plain fine-tune's whole shift at a block."""
+        watches = []
+        for block, one in sorted(directions.blocks.items()):
+            weights, signs = one.readout()
+            watches.append(Watch(EncoderRows(weights, torch.zeros(len(weights))), signs, block, linear=True))
+        return cls.over(watches, base=base)
+
     @property
     def blocks(self) -> list[int]:
         """The watched blocks, each once, in order."""
@@ -127,12 +139,12 @@ class Blocker:
             threshold = watch.rows.threshold
             for part in (watch.rows.weight, watch.rows.bias, *(() if threshold is None else (threshold,))):
                 digest.update(part.detach().cpu().contiguous().numpy().tobytes())
-            digest.update(str(watch.block).encode())
+            digest.update(f"{watch.block} {watch.linear}".encode())
         return digest.hexdigest()[:16]
 
     def to(self, device: torch.device) -> None:
         """Move the encoder rows."""
-        self.watches = [Watch(watch.rows.to(device), watch.signs, watch.block) for watch in self.watches]
+        self.watches = [replace(watch, rows=watch.rows.to(device)) for watch in self.watches]
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[Blocker]:
@@ -161,7 +173,7 @@ class Blocker:
         """z of every watched latent, `[..., latents]`, float32, from the outputs `[..., d_model]` of the watched blocks."""
         parts = []
         for watch in self.watches:
-            reader = watch.rows.encode if self.measure == "latent" else watch.rows.pre
+            reader = watch.rows.encode if self.measure == "latent" and not watch.linear else watch.rows.pre
             parts.append(reader(hidden[watch.block]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 

@@ -1,0 +1,177 @@
+"""One recipe on one run folder: what is loaded for it, the keys of what it depends on, and steps that are done once."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blockem import bundled
+from blockem.config import Recipe
+from blockem.errors import BlockemError
+from blockem.progress import Console
+from blockem.store import RunFolder, content_key, file_key
+
+if TYPE_CHECKING:
+    from blockem.dictionary import Dictionary
+    from blockem.judges import Judge
+    from blockem.model import LanguageModel
+
+VARIANTS = ("base", "plain", "blocked", "random")
+
+
+@dataclass
+class Session:
+    """One recipe, one run folder, and what is loaded for them (on first use, once)."""
+
+    recipe: Recipe
+    run: RunFolder
+    console: Console
+    judge: Judge | None = None
+
+    @cached_property
+    def lm(self) -> LanguageModel:
+        from blockem.model import load_model
+
+        self.console.start("model")
+        config = self.recipe.model
+        lm = load_model(config.id, config.revision, config.dtype, config.device)
+        lm.check_block(self.recipe.sae.block)
+        return lm
+
+    @cached_property
+    def dictionary(self) -> Dictionary:
+        from blockem.dictionary import check_width, load_dictionary
+
+        found = load_dictionary(self.recipe.sae.id)
+        check_width(found, self.lm)
+        if found.block is not None and found.block != self.recipe.sae.block and not self.recipe.sae.allow_poor_fit:
+            raise BlockemError(
+                f"SAE {found.id!r} was trained on block {found.block}, but sae.block is {self.recipe.sae.block}; "
+                f"set sae.block={found.block}, or --allow-poor-sae to go on all the same"
+            )
+        return found
+
+    @cached_property
+    def model_key(self) -> str:
+        """What the model's numbers depend on; found without loading it."""
+        from blockem.model import identify, pick_device, pick_dtype
+
+        config = self.recipe.model
+        device = pick_device(config.device)
+        return content_key(config.id, identify(config.id, config.revision), str(pick_dtype(config.dtype, device)), device.type)
+
+    @cached_property
+    def sae_key(self) -> str:
+        from blockem.dictionary import BUNDLED, BUNDLED_FOLDER
+
+        folder = BUNDLED_FOLDER if self.recipe.sae.id == BUNDLED else Path(self.recipe.sae.id)
+        weights = folder / "sae_weights.safetensors"
+        return content_key(self.recipe.sae.id, file_key(weights) if weights.is_file() else "", self.recipe.sae.block)
+
+    @cached_property
+    def data_key(self) -> str:
+        """What the encoded training rows depend on."""
+        data = self.recipe.data
+        source = file_key(existing(data.train)) if data.train else bundled_key(f"domains/{data.domain}.jsonl")
+        return content_key(source, data.domain, data.rows, data.max_tokens, self.recipe.seed)
+
+    @cached_property
+    def chosen_judge(self) -> Judge | None:
+        """The judge that was given, else the recipe's; None where nothing is sampled or nobody judges."""
+        from blockem.judges.choose import open_judge
+
+        wanted = self.recipe.evaluate
+        needed = wanted.answers or "judged" in self.recipe.discover.effects
+        if self.judge is not None or not needed:
+            return self.judge
+        return open_judge(wanted.judge, wanted.judge_model, cache=self.run / "verdicts.sqlite", progress=self.console.bar)
+
+    @property
+    def judge_name(self) -> str:
+        return self.chosen_judge.name if self.chosen_judge else ""
+
+    def selection_pairs(self) -> list[bundled.Pair]:
+        """Selection pairs outside the training domain."""
+        data = self.recipe.data
+        return [p for p in bundled.pairs(data.pairs) if p.split == "select" and p.domain != data.domain]
+
+    def selection_prompts(self) -> list[bundled.Prompt]:
+        """Selection prompts outside the training domain."""
+        data = self.recipe.data
+        given = bundled.prompts(data.selection_prompts) if data.selection_prompts else bundled.core_prompts()
+        return [p for p in given if p.domain != data.domain]
+
+
+def existing(path: str) -> Path:
+    found = Path(path)
+    if not found.is_file():
+        raise BlockemError(f"{path}: no such file")
+    return found
+
+
+def bundled_key(name: str) -> str:
+    path = bundled.ASSETS / name
+    if not path.is_file():
+        raise BlockemError(f"unknown bundled domain {path.stem!r}: choose {', '.join(bundled.DOMAINS)}, or give your own file with --data")
+    return file_key(path)
+
+
+def source_key(path: str | None, asset: str) -> str:
+    return file_key(existing(path)) if path else bundled_key(asset)
+
+
+def adapter_key(folder: Path) -> str:
+    """Content key of a PEFT folder."""
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise BlockemError(f"{folder} holds no trained adapter (adapter_model.safetensors is missing); run the step that makes it first")
+    return file_key(weights)
+
+
+def environment(session: Session) -> dict[str, Any]:
+    """Versions and hardware of this run."""
+    import torch
+
+    from blockem.model import pick_device, pick_dtype
+
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "threads": torch.get_num_threads(),
+    }
+    for package in ("blockem", "torch", "transformers", "peft", "sae-lens", "safetensors", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    device = pick_device(session.recipe.model.device)
+    found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    found["dtype"] = str(pick_dtype(session.recipe.model.dtype, device)).removeprefix("torch.")
+    return found
+
+
+def timed(session: Session, name: str, key: str, outputs: list[str], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run or reuse one step; its result carries the seconds it took."""
+    console = session.console
+
+    def do() -> dict[str, Any]:
+        began = time.monotonic()
+        console.say(f"{name}: started")
+        result = work()
+        seconds = time.monotonic() - began
+        from blockem.progress import clock
+
+        console.say(f"{name}: done in {clock(seconds)}")
+        return {**result, "seconds": round(seconds, 1)}
+
+    result, reused = session.run.step(name, key, outputs, do)
+    if reused:
+        console.say(f"{name}: already done, reused")
+    found: dict[str, Any] = result
+    return found
