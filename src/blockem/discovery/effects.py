@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from blockem.bundled import Pair, Prompt
+from blockem.discovery.attribution import pair_gradients
 from blockem.generation import generate
 from blockem.judges import Judge, shares
 from blockem.likelihood import SteeredRows, encode_pairs, margins
@@ -79,6 +80,13 @@ class ItemEffect(Effect, Protocol):
         """The items of one chunk under each edit (None: unsteered)."""
         ...
 
+    def foreseen(self, variant: str, vectors: Tensor) -> Tensor | None:
+        """By how much each of `vectors [edits, d_model]` should move every item, `[edits, items]`, before it is measured.
+
+        It need not be right: what goes with it need not be learnt from measurements. None where nothing is foreseen.
+        """
+        ...
+
 
 class PreferenceEffect:
     """Mean margin log p(wrong) − log p(right), nats per token, over the selection pairs.
@@ -98,6 +106,9 @@ class PreferenceEffect:
         of_rows = [(2 * start, 2 * stop) for start, stop in self.chunks]
         self.sides = {variant: SteeredRows(lm, rows, block, variant, batch, of_rows) for variant in ("base", "plain")}
         self.unsteered = {variant: side.logprobs() for variant, side in self.sides.items()}
+        self.gradients = {}
+        if len(self.chunks) > 1:  # measured on some pairs first, so that a guess for the others is worth a backward pass
+            self.gradients = {variant: pair_gradients(lm, pairs, block, variant) for variant in self.sides}
 
     def measure(self, variant: str, vector: Tensor | None) -> Measurement:
         logprobs = self.unsteered[variant] if vector is None else self.sides[variant].logprobs(vector)
@@ -110,6 +121,10 @@ class PreferenceEffect:
         edits = [vector for vector in vectors if vector is not None]
         steered = iter(self.sides[variant].logprobs_many(torch.stack(edits), chunk) if edits else ())
         return [self._judged(before if vector is None else next(steered), before) for vector in vectors]
+
+    def foreseen(self, variant: str, vectors: Tensor) -> Tensor | None:
+        """To first order: the margin's gradient at the block times the edit."""
+        return vectors @ self.gradients[variant].T if self.gradients else None
 
     def _judged(self, logprobs: Tensor, before: Tensor) -> Items:
         likelier = torch.maximum(logprobs[0::2], logprobs[1::2])
@@ -166,6 +181,10 @@ class JudgedEffect:
         values = torch.tensor([math.nan if v.missing else float(v.misaligned) for v in verdicts]).view(len(vectors), -1)
         broken = torch.tensor([v.incoherent and not v.missing for v in verdicts]).view(len(vectors), -1)
         return [Items(*pair) for pair in zip(values, broken, strict=True)]
+
+    def foreseen(self, variant: str, vectors: Tensor) -> Tensor | None:
+        """Nothing: a verdict has no gradient."""
+        return None
 
 
 class Steered:
