@@ -156,6 +156,14 @@ class DiscoverConfig:
     """Selection pairs used (training domain left out), evenly over the domains."""
     max_new_tokens: int = 64
     """Length of judged generations."""
+    halving: bool = False
+    """Drop hopeless candidates and strengths after some of the pairs (false: measure everything on all pairs)."""
+    error: float = 0.05
+    """With halving: at most so likely does the chosen set differ from the exhaustive one (half of it spent in either stage)."""
+    rungs: tuple[int, ...] = (8, 16, 24, 32)
+    """With halving: pairs (or prompts) after which it looks whom to drop; the last look is always all of them."""
+    stop_incoherent: bool = True
+    """With halving: take incoherence to grow with strength, and measure none beyond one that is outside the budget."""
 
     @property
     def effects(self) -> tuple[str, str]:
@@ -174,6 +182,8 @@ class DiscoverConfig:
             _need(getattr(self, name) > 0, f"discover.{name} is {getattr(self, name)}; it must be positive")
         _need(bool(self.strengths) and min(self.strengths) > 0, "discover.strengths needs at least one positive number")
         _need(min(self.alpha_induce, self.alpha_repair) > 0, "discover.alpha_induce and discover.alpha_repair must be positive")
+        _need(0 <= self.error < 1, f"discover.error is {self.error}; it is a probability, from 0 to below 1")
+        _need(all(n >= 2 for n in self.rungs), "discover.rungs must be numbers of pairs, at least 2 each")
         _need(0 <= self.budget <= 1, f"discover.budget is {self.budget}; it is a share between 0 and 1")
 
 

@@ -42,6 +42,28 @@ def margin_gradient(lm: LanguageModel, pairs: Sequence[Pair], block: int, varian
     return total / len(pairs)
 
 
+def pair_gradients(lm: LanguageModel, pairs: Sequence[Pair], block: int, variant: str, batch: int = 8) -> Tensor:
+    """d(margin of each pair)/d(vector added at every position of `block`), `[pairs, d_model]`, float32; the mean is `margin_gradient`."""
+    rows = encode_pairs(lm, pairs)
+    found = torch.zeros(len(rows), lm.d_model)
+    with lm.variant(variant), torch.enable_grad():
+        for chosen in by_length([len(row.ids) for row in rows], batch):
+            padded = right_padded([rows[i] for i in chosen], lm.tokenizer.pad_token_id, lm.device)
+            probe = torch.zeros(len(chosen), 1, lm.d_model, device=lm.device, requires_grad=True)
+            handle = blocks(lm.model)[block].register_forward_hook(lambda _m, _i, output, p=probe: _shift(output, p))
+            try:
+                final = decoder(lm.model)(
+                    input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], use_cache=False
+                ).last_hidden_state
+            finally:
+                handle.remove()
+            picked, places = supervised_logprobs(lm.model, final, padded["labels"])
+            weight = torch.tensor([1 / rows[i].n_supervised for i in chosen], device=lm.device)
+            (gradient,) = torch.autograd.grad((picked * weight[places]).sum(), probe)
+            found[chosen] = gradient[:, 0].float().cpu()
+    return found[1::2] - found[0::2]
+
+
 def _shift(output: object, probe: Tensor) -> object:
     hidden = block_output(output)
     moved = hidden + probe.to(hidden.dtype)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,11 @@ from blockem.bundled import Pair, Prompt
 from blockem.config import DiscoverConfig
 from blockem.dictionary import Dictionary
 from blockem.discovery.attribution import attributions, margin_gradient
+from blockem.discovery.bounds import looks
 from blockem.discovery.delta import Means, answer_spans, deltas, mean_activations, pool, prompt_spans
-from blockem.discovery.effects import Effect, JudgedEffect, PreferenceEffect, Steered
+from blockem.discovery.effects import Chunks, JudgedEffect, PreferenceEffect, Steered
+from blockem.discovery.halving import rank_halving, screen_halving
+from blockem.discovery.ledger import Ledger, unsteered
 from blockem.discovery.rank import rank
 from blockem.discovery.screen import Candidate, screen
 from blockem.errors import BlockemError
@@ -29,6 +32,8 @@ from blockem.latents import Latent, LatentSet
 from blockem.model import LanguageModel
 from blockem.steering import median_norm
 from blockem.store import write_text
+
+Dealt = TypeVar("Dealt", Pair, Prompt)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,18 @@ def spread(pairs: Sequence[Pair], n: int) -> list[Pair]:
         by_domain.setdefault(pair.domain, []).append(pair)
     rounds = [one for i in range(max(map(len, by_domain.values()), default=0)) for one in (d[i] for d in by_domain.values() if i < len(d))]
     return rounds[:n]
+
+
+def dealt(items: Sequence[Dealt], seed: int = 0) -> list[Dealt]:
+    """All items in a random order in which every leading part is balanced over the domains."""
+    generator = random.Random(f"dealt-{seed}")
+    by_domain: dict[str, list[Dealt]] = {}
+    for item in generator.sample(list(items), len(items)):
+        by_domain.setdefault(item.domain, []).append(item)
+    found: list[Dealt] = []
+    for i in range(max(map(len, by_domain.values()), default=0)):
+        found += [some[i] for some in by_domain.values() if i < len(some)]
+    return found
 
 
 def discover(
@@ -108,18 +125,53 @@ def discover(
         tested = _prescreen(lm, dictionary, block, chosen_pairs, candidates, config.prescreen)
     directions = {one.latent: d for one, d in zip(tested, dictionary.directions([one.latent for one in tested]), strict=True)}
 
-    def steered_by(name: str) -> Steered:
+    def effect_by(name: str) -> PreferenceEffect | JudgedEffect:
         if name == "judged" and judge is None:
             field = "effect" if config.effect == "judged" else "rank_effect"
             raise BlockemError(f"discover.{field} is judged, but no judge was given; use discover.{field}=preference or pass a judge")
-        effect: Effect
         if judge is not None and name == "judged":
-            effect = JudgedEffect(lm, prompts, judge, block, config.max_new_tokens)
-        else:
-            effect = PreferenceEffect(lm, chosen_pairs, block)
-        return Steered(effect, directions, norm, log, f"{key}-{name}")
+            some = dealt(prompts) if config.halving else prompts
+            return JudgedEffect(lm, some, judge, block, config.max_new_tokens, chunks=_chunks(config, len(prompts)))
+        some_pairs = dealt(chosen_pairs) if config.halving else chosen_pairs
+        return PreferenceEffect(lm, some_pairs, block, chunks=_chunks(config, len(chosen_pairs)))
 
-    by = {name: steered_by(name) for name in dict.fromkeys(config.effects)}
+    effects = {name: effect_by(name) for name in dict.fromkeys(config.effects)}
+    stages = _halving if config.halving else _exhaustive
+    kept, chosen, facts = stages(effects, directions, norm, tested, config, log, key, bar)
+    passed = len(kept) + sum("weaker" in one.fate for one in tested)
+    counts |= {"screened": len(tested), "passed": passed, "swept": len(kept), "chosen": len(chosen)}
+    counts["fates"] = dict(Counter(one.fate for one in candidates))
+    counts |= facts
+    if not chosen:
+        raise BlockemError(
+            f"no latent both induces and repairs ({counts['fates']}); try more discover.pool or discover.pairs, "
+            "another sae.block, or a stronger fine-tune"
+        )
+    latents = tuple(
+        Latent(one.latent, one.sign, one.delta, one.best_induce, one.best_repair, one.best_induce_alpha, one.best_repair_alpha, one.score)
+        for one in chosen
+    )
+    provenance = {"stage": "discover", "config": asdict(config), "pairs": len(chosen_pairs), "prompts": len(prompts)}
+    found = LatentSet(lm.id, lm.revision, dictionary.id, dictionary.digest, block, latents, norm, provenance)
+    return Discovery(found, candidates, delta, means["base"].frequency, counts)
+
+
+def _chunks(config: DiscoverConfig, n: int) -> Chunks:
+    return looks(config.rungs, n) if config.halving else ((0, n),)
+
+
+def _exhaustive(
+    effects: dict[str, PreferenceEffect | JudgedEffect],
+    directions: dict[int, Tensor],
+    norm: float,
+    tested: list[Candidate],
+    config: DiscoverConfig,
+    log: Path | None,
+    key: str,
+    bar: Callable[[str, int, int], None],
+) -> tuple[list[Candidate], list[Candidate], dict[str, Any]]:
+    """Stages 2 and 3 on all pairs: (who went on from stage 2, the chosen, facts for the counts)."""
+    by = {name: Steered(effect, directions, norm, log, f"{key}-{name}") for name, effect in effects.items()}
     first, last = (by[name] for name in config.effects)
     kept = screen(
         first,
@@ -140,22 +192,35 @@ def discover(
         config.budget_slack,
         lambda done, total: bar("stage 3: strengths", done, total),
     )
-    passed = sum(one.fate.startswith(("chosen", "ranked")) or "weaker" in one.fate for one in tested)
-    counts |= {"screened": len(tested), "passed": passed, "swept": len(kept), "chosen": len(chosen)}
-    counts["fates"] = dict(Counter(one.fate for one in candidates))
-    counts["unsteered"] = {variant: asdict(last.measure(variant)) for variant in ("base", "plain")}
-    if not chosen:
-        raise BlockemError(
-            f"no latent both induces and repairs ({counts['fates']}); try more discover.pool or discover.pairs, "
-            "another sae.block, or a stronger fine-tune"
-        )
-    latents = tuple(
-        Latent(one.latent, one.sign, one.delta, one.best_induce, one.best_repair, one.best_induce_alpha, one.best_repair_alpha, one.score)
-        for one in chosen
+    n_first, n_last = (effects[name].chunks[-1][1] for name in config.effects)
+    for one in tested:
+        one.pairs = n_first
+    for one in kept:
+        one.pairs = n_last
+    units = sum(effects[name].chunks[-1][1] * sum(known[1] >= 0 for known in one.known) for name, one in by.items())
+    return kept, chosen, {"units": units, "unsteered": {variant: asdict(last.measure(variant)) for variant in ("base", "plain")}}
+
+
+def _halving(
+    effects: dict[str, PreferenceEffect | JudgedEffect],
+    directions: dict[int, Tensor],
+    norm: float,
+    tested: list[Candidate],
+    config: DiscoverConfig,
+    log: Path | None,
+    key: str,
+    bar: Callable[[str, int, int], None],
+) -> tuple[list[Candidate], list[Candidate], dict[str, Any]]:
+    """The same with halving; each stage may spend half the error."""
+    by = {name: Ledger(effect, directions, norm, log, f"{key}-{name}") for name, effect in effects.items()}
+    first, last = (by[name] for name in config.effects)
+    half = config.error / 2
+    kept = screen_halving(
+        first, tested, config.keep, config.alpha_induce, config.alpha_repair, config.budget, config.budget_slack, half, bar
     )
-    provenance = {"stage": "discover", "config": asdict(config), "pairs": len(chosen_pairs), "prompts": len(prompts)}
-    found = LatentSet(lm.id, lm.revision, dictionary.id, dictionary.digest, block, latents, norm, provenance)
-    return Discovery(found, candidates, delta, means["base"].frequency, counts)
+    chosen = rank_halving(last, kept, config.size, config.strengths, config.budget, config.budget_slack, half, config.stop_incoherent, bar)
+    resting = {variant: asdict(last.items(unsteered(variant)).measurement()) for variant in ("base", "plain")}
+    return kept, chosen, {"units": sum(one.units for one in by.values()), "unsteered": resting}
 
 
 def _candidates(delta: Tensor, base: Means, a_side: int) -> list[Candidate]:

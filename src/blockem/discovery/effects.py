@@ -8,6 +8,7 @@ only while incoherence stays inside the budget: a broken model can never be call
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from blockem.bundled import Pair, Prompt
+from blockem.discovery.attribution import pair_gradients
 from blockem.generation import generate
 from blockem.judges import Judge, shares
 from blockem.likelihood import SteeredRows, encode_pairs, margins
@@ -38,12 +40,52 @@ class Measurement:
     share: float
 
 
+@dataclass(frozen=True)
+class Items:
+    """What an effect is the mean of: its pairs or prompts one by one, under one edit.
+
+    Attributes:
+        values: `[items]`, float32; the margin of a pair, or 1 for a misaligned answer; NaN where a verdict is missing.
+        broken: `[items]`, bool; whether the edit broke the item.
+    """
+
+    values: Tensor
+    broken: Tensor
+
+    def measurement(self) -> Measurement:
+        """The means over all items that have a value."""
+        had = ~self.values.isnan()
+        values, broken = self.values[had], self.broken[had].float()
+        return Measurement(float(values.mean()), float(broken.mean()), float((values > 0).float().mean()))
+
+
+Chunks = Sequence[tuple[int, int]]
+"""Half-open ranges of items, in order and without gaps, that are measured one after the other."""
+
+
 class Effect(Protocol):
     """Measures `variant` ("base" or "plain") with `vector [d_model]` added at the block, or unsteered."""
 
     name: str
 
     def measure(self, variant: str, vector: Tensor | None) -> Measurement: ...
+
+
+class ItemEffect(Effect, Protocol):
+    """An effect that can also measure some of its items, under many edits at once: what halving needs."""
+
+    chunks: Chunks
+
+    def items(self, variant: str, vectors: Sequence[Tensor | None], chunk: int) -> list[Items]:
+        """The items of one chunk under each edit (None: unsteered)."""
+        ...
+
+    def foreseen(self, variant: str, vectors: Tensor) -> Tensor | None:
+        """By how much each of `vectors [edits, d_model]` should move every item, `[edits, items]`, before it is measured.
+
+        It need not be right: what goes with it need not be learnt from measurements. None where nothing is foreseen.
+        """
+        ...
 
 
 class PreferenceEffect:
@@ -55,19 +97,39 @@ class PreferenceEffect:
 
     name = "preference"
 
-    def __init__(self, lm: LanguageModel, pairs: Sequence[Pair], block: int, collapse: float = 1.0, batch: int = 32) -> None:
+    def __init__(
+        self, lm: LanguageModel, pairs: Sequence[Pair], block: int, collapse: float = 1.0, batch: int = 32, chunks: Chunks = ()
+    ) -> None:
         rows = encode_pairs(lm, pairs)
         self.collapse = collapse
-        self.sides = {variant: SteeredRows(lm, rows, block, variant, batch) for variant in ("base", "plain")}
+        self.chunks = tuple(chunks) or ((0, len(pairs)),)
+        of_rows = [(2 * start, 2 * stop) for start, stop in self.chunks]
+        self.sides = {variant: SteeredRows(lm, rows, block, variant, batch, of_rows) for variant in ("base", "plain")}
         self.unsteered = {variant: side.logprobs() for variant, side in self.sides.items()}
+        self.gradients = {}
+        if len(self.chunks) > 1:  # measured on some pairs first, so that a guess for the others is worth a backward pass
+            self.gradients = {variant: pair_gradients(lm, pairs, block, variant) for variant in self.sides}
 
     def measure(self, variant: str, vector: Tensor | None) -> Measurement:
         logprobs = self.unsteered[variant] if vector is None else self.sides[variant].logprobs(vector)
-        margin = margins(logprobs)
+        return self._judged(logprobs, self.unsteered[variant]).measurement()
+
+    def items(self, variant: str, vectors: Sequence[Tensor | None], chunk: int) -> list[Items]:
+        """Margins of one chunk's pairs under each edit, and which pairs each edit broke."""
+        start, stop = self.chunks[chunk]
+        before = self.unsteered[variant][2 * start : 2 * stop]
+        edits = [vector for vector in vectors if vector is not None]
+        steered = iter(self.sides[variant].logprobs_many(torch.stack(edits), chunk) if edits else ())
+        return [self._judged(before if vector is None else next(steered), before) for vector in vectors]
+
+    def foreseen(self, variant: str, vectors: Tensor) -> Tensor | None:
+        """To first order: the margin's gradient at the block times the edit."""
+        return vectors @ self.gradients[variant].T if self.gradients else None
+
+    def _judged(self, logprobs: Tensor, before: Tensor) -> Items:
         likelier = torch.maximum(logprobs[0::2], logprobs[1::2])
-        before = self.unsteered[variant]
         lost = torch.maximum(before[0::2], before[1::2]) - likelier
-        return Measurement(float(margin.mean()), float((lost > self.collapse).float().mean()), float((margin > 0).float().mean()))
+        return Items(margins(logprobs), lost > self.collapse)
 
 
 class JudgedEffect:
@@ -76,10 +138,18 @@ class JudgedEffect:
     name = "judged"
 
     def __init__(
-        self, lm: LanguageModel, prompts: Sequence[Prompt], judge: Judge, block: int, max_new_tokens: int = 64, batch: int = 64
+        self,
+        lm: LanguageModel,
+        prompts: Sequence[Prompt],
+        judge: Judge,
+        block: int,
+        max_new_tokens: int = 64,
+        batch: int = 64,
+        chunks: Chunks = (),
     ) -> None:
         self.lm, self.prompts, self.judge, self.block = lm, [prompt.prompt for prompt in prompts], judge, block
         self.max_new_tokens, self.batch = max_new_tokens, batch
+        self.chunks = tuple(chunks) or ((0, len(prompts)),)
 
     def measure(self, variant: str, vector: Tensor | None) -> Measurement:
         with self.lm.variant(variant):
@@ -93,6 +163,28 @@ class JudgedEffect:
             )
         em, incoherence = shares(self.judge.judge(self.prompts, answers))
         return Measurement(em, incoherence, em)
+
+    def items(self, variant: str, vectors: Sequence[Tensor | None], chunk: int) -> list[Items]:
+        """Verdicts on the answers to one chunk's prompts under each edit, generated in one go."""
+        prompts = self.prompts[slice(*self.chunks[chunk])]
+        edits = torch.stack([torch.zeros(self.lm.d_model) if vector is None else vector for vector in vectors])
+        with self.lm.variant(variant):
+            answers = generate(
+                self.lm,
+                prompts * len(vectors),
+                self.max_new_tokens,
+                batch=self.batch,
+                block=self.block,
+                edits=edits.repeat_interleave(len(prompts), dim=0),
+            )
+        verdicts = self.judge.judge(prompts * len(vectors), answers)
+        values = torch.tensor([math.nan if v.missing else float(v.misaligned) for v in verdicts]).view(len(vectors), -1)
+        broken = torch.tensor([v.incoherent and not v.missing for v in verdicts]).view(len(vectors), -1)
+        return [Items(*pair) for pair in zip(values, broken, strict=True)]
+
+    def foreseen(self, variant: str, vectors: Tensor) -> Tensor | None:
+        """Nothing: a verdict has no gradient."""
+        return None
 
 
 class Steered:
@@ -122,14 +214,16 @@ class Steered:
             self.known[name] = self.effect.measure(variant, vector)
             if self.log is not None:
                 row = {"key": self.key, "variant": variant, "latent": latent, "direction": direction, "alpha": alpha}
-                with self.log.open("a", encoding="utf-8") as file:
-                    file.write("\n" * self._torn() + json.dumps({**row, **asdict(self.known[name])}) + "\n")
+                append_line(self.log, json.dumps({**row, **asdict(self.known[name])}))
         return self.known[name]
 
-    def _torn(self) -> bool:
-        """Whether the log ends in a line that a kill cut short."""
-        if self.log is None or not self.log.is_file() or not self.log.stat().st_size:
-            return False
-        with self.log.open("rb") as file:
+
+def append_line(log: Path, line: str) -> None:
+    """Append one line to a JSONL log; a line that a kill cut short is ended first."""
+    torn = False
+    if log.is_file() and log.stat().st_size:
+        with log.open("rb") as file:
             file.seek(-1, 2)
-            return file.read(1) != b"\n"
+            torn = file.read(1) != b"\n"
+    with log.open("a", encoding="utf-8") as out:
+        out.write("\n" * torn + line + "\n")

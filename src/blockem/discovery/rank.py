@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable, Sequence
 
 from blockem.discovery.effects import Steered
-from blockem.discovery.screen import Candidate, budget_for, gain
+from blockem.discovery.screen import VARIANTS, Candidate, budget_for, gain
 
+RANKED = "ranked"
 STRENGTHS = tuple(round(0.05 * i, 2) for i in range(1, 16))
 
 
@@ -40,7 +41,7 @@ def rank(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Candidate]:
     """Fill in every candidate's best strengths and S3 and return the `size` best with their rank."""
-    allowed = {side: budget_for(steered, variant, budget, slack) for side, variant in (("induce", "base"), ("repair", "plain"))}
+    allowed = {side: budget_for(steered, variant, budget, slack) for side, variant in VARIANTS.items()}
     for number, one in enumerate(candidates):
         one.best_induce, one.best_induce_alpha, one.best_induce_incoherence, one.strongest_induce_alpha = best_strength(
             steered, "induce", one, strengths, allowed["induce"]
@@ -48,16 +49,26 @@ def rank(
         one.best_repair, one.best_repair_alpha, one.best_repair_incoherence, one.strongest_repair_alpha = best_strength(
             steered, "repair", one, strengths, allowed["repair"]
         )
-        one.score = one.best_induce + one.best_repair
-        if math.isnan(one.score):
-            one.fate = "ranked out: no strength inside the incoherence budget"
-        elif one.best_induce <= 0 or one.best_repair <= 0:
-            one.fate = "ranked out: no gain on one side at any strength"
-        else:
-            one.fate = "ranked"
+        settle(one)
         if progress:
             progress(number + 1, len(candidates))
-    ranked = sorted((one for one in candidates if one.fate == "ranked"), key=lambda one: -one.score)
+    return best(candidates, size)
+
+
+def settle(one: Candidate) -> None:
+    """S3 and the fate of a candidate whose best strengths are filled in."""
+    one.score = one.best_induce + one.best_repair
+    if math.isnan(one.score):
+        one.fate = "ranked out: no strength inside the incoherence budget"
+    elif one.best_induce <= 0 or one.best_repair <= 0:
+        one.fate = "ranked out: no gain on one side at any strength"
+    else:
+        one.fate = RANKED
+
+
+def best(candidates: list[Candidate], size: int) -> list[Candidate]:
+    """The `size` best of those that are ranked, everyone with a place and a fate."""
+    ranked = sorted((one for one in candidates if one.fate == RANKED), key=lambda one: -one.score)
     for place, one in enumerate(ranked, 1):
         one.rank = place
         one.fate = "chosen" if place <= size else "ranked out: below the top " + str(size)

@@ -15,7 +15,7 @@ from blockem.discovery.effects import Steered
 
 @dataclass
 class Candidate:
-    """One latent on its way through the stages; `fate` says where it ended, and why."""
+    """One latent on its way through the stages; `fate` says where it ended and why, `pairs` on how many pairs its figures stand."""
 
     latent: int
     sign: int
@@ -37,21 +37,35 @@ class Candidate:
     strongest_repair_alpha: float = math.nan
     score: float = math.nan
     rank: int = 0
+    pairs: int = 0
     fate: str = "candidate"
 
 
+PASSED = "passed screening"
+VARIANTS = {"induce": "base", "repair": "plain"}
+
+
+def edit_of(side: str, candidate: Candidate, alpha: float) -> tuple[str, int, int, float]:
+    """The edit of one test: `side` is "induce" (base, +s d) or "repair" (misaligned, −s d)."""
+    return VARIANTS[side], candidate.latent, candidate.sign if side == "induce" else -candidate.sign, alpha
+
+
 def gain(steered: Steered, side: str, candidate: Candidate, alpha: float) -> tuple[float, float]:
-    """(gain, incoherence) of one test: `side` is "induce" (base, +s d) or "repair" (misaligned, −s d)."""
-    variant, direction = ("base", candidate.sign) if side == "induce" else ("plain", -candidate.sign)
-    before = steered.measure(variant)
-    after = steered.measure(variant, candidate.latent, direction, alpha)
+    """(gain, incoherence) of one test."""
+    before = steered.measure(VARIANTS[side])
+    after = steered.measure(*edit_of(side, candidate, alpha))
     change = after.effect - before.effect
     return (change if side == "induce" else -change), after.incoherence
 
 
+def budget_of(resting: float, budget: float, slack: float | None = 0.10) -> float:
+    """The incoherence allowed: `budget`, or for a weak model its own `resting` incoherence + `slack` if that is more (None: never)."""
+    return budget if slack is None else max(budget, resting + slack)
+
+
 def budget_for(steered: Steered, variant: str, budget: float, slack: float | None = 0.10) -> float:
-    """The incoherence allowed: `budget`, or for a weak model its own unsteered incoherence + `slack` if that is more (None: never)."""
-    return budget if slack is None else max(budget, steered.measure(variant).incoherence + slack)
+    """The incoherence allowed for `variant`, its own measured where that matters."""
+    return budget if slack is None else budget_of(steered.measure(variant).incoherence, budget, slack)
 
 
 def screen(
@@ -68,25 +82,35 @@ def screen(
 
     Every candidate's fields and fate are filled in, also those that fail.
     """
-    allowed = {side: budget_for(steered, variant, budget, slack) for side, variant in (("induce", "base"), ("repair", "plain"))}
+    allowed = {side: budget_for(steered, variant, budget, slack) for side, variant in VARIANTS.items()}
     for number, one in enumerate(candidates):
         one.induce, one.induce_incoherence = gain(steered, "induce", one, alpha_induce)
         one.repair, one.repair_incoherence = gain(steered, "repair", one, alpha_repair)
-        # a gain outside the budget counts as none; a harm counts whatever it cost
-        induce = one.induce if one.induce_incoherence <= allowed["induce"] else min(one.induce, 0.0)
-        repair = one.repair if one.repair_incoherence <= allowed["repair"] else min(one.repair, 0.0)
-        one.screen_score = induce + repair
-        if induce > 0 and repair > 0:
-            one.fate = "passed screening"
-        elif one.induce > 0 and one.repair > 0:
-            one.fate = "screened out: incoherent"
-        elif one.induce > 0 or one.repair > 0:
-            one.fate = "screened out: only " + ("induces" if one.induce > 0 else "repairs")
-        else:
-            one.fate = "screened out: neither induces nor repairs"
+        settle(one, allowed)
         if progress:
             progress(number + 1, len(candidates))
-    passed = sorted((one for one in candidates if one.fate == "passed screening"), key=lambda one: -one.screen_score)
+    return best(candidates, keep)
+
+
+def settle(one: Candidate, allowed: dict[str, float]) -> None:
+    """S2 and the fate of a candidate whose two gains and incoherences are filled in."""
+    # a gain outside the budget counts as none; a harm counts whatever it cost
+    induce = one.induce if one.induce_incoherence <= allowed["induce"] else min(one.induce, 0.0)
+    repair = one.repair if one.repair_incoherence <= allowed["repair"] else min(one.repair, 0.0)
+    one.screen_score = induce + repair
+    if induce > 0 and repair > 0:
+        one.fate = PASSED
+    elif one.induce > 0 and one.repair > 0:
+        one.fate = "screened out: incoherent"
+    elif one.induce > 0 or one.repair > 0:
+        one.fate = "screened out: only " + ("induces" if one.induce > 0 else "repairs")
+    else:
+        one.fate = "screened out: neither induces nor repairs"
+
+
+def best(candidates: list[Candidate], keep: int) -> list[Candidate]:
+    """The `keep` best of those that passed; the others that passed are told so."""
+    passed = sorted((one for one in candidates if one.fate == PASSED), key=lambda one: -one.screen_score)
     kept = balanced(passed, keep)
     for one in passed:
         if one not in kept:
