@@ -21,8 +21,8 @@ from typing import Any
 from blockem import bundled
 from blockem.config import DiscoverConfig, load_recipe
 from blockem.discovery.discover import discover
-from blockem.pipeline import Session, adapter_key
 from blockem.progress import Console
+from blockem.session import Session, adapter_key
 from blockem.store import RunFolder, content_key, write_json
 
 WAYS = ("exhaustive", "halving", "prescreen+halving")
