@@ -102,7 +102,7 @@ class PreferenceEffect:
     ) -> None:
         rows = encode_pairs(lm, pairs)
         self.collapse = collapse
-        self.chunks = tuple(chunks) or ((0, len(pairs)),)
+        self.chunks: Chunks = tuple(chunks) or ((0, len(pairs)),)
         of_rows = [(2 * start, 2 * stop) for start, stop in self.chunks]
         self.sides = {variant: SteeredRows(lm, rows, block, variant, batch, of_rows) for variant in ("base", "plain")}
         self.unsteered = {variant: side.logprobs() for variant, side in self.sides.items()}
@@ -149,7 +149,7 @@ class JudgedEffect:
     ) -> None:
         self.lm, self.prompts, self.judge, self.block = lm, [prompt.prompt for prompt in prompts], judge, block
         self.max_new_tokens, self.batch = max_new_tokens, batch
-        self.chunks = tuple(chunks) or ((0, len(prompts)),)
+        self.chunks: Chunks = tuple(chunks) or ((0, len(prompts)),)
 
     def measure(self, variant: str, vector: Tensor | None) -> Measurement:
         with self.lm.variant(variant):
