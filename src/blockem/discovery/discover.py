@@ -20,7 +20,7 @@ from blockem.dictionary import Dictionary
 from blockem.discovery.attribution import attributions, margin_gradient
 from blockem.discovery.bounds import looks
 from blockem.discovery.delta import Means, answer_spans, deltas, mean_activations, pool, prompt_spans
-from blockem.discovery.effects import Chunks, JudgedEffect, PreferenceEffect, Steered
+from blockem.discovery.effects import Chunks, ItemEffect, JudgedEffect, PreferenceEffect, Steered
 from blockem.discovery.halving import rank_halving, screen_halving
 from blockem.discovery.ledger import Ledger, unsteered
 from blockem.discovery.rank import rank
@@ -125,7 +125,7 @@ def discover(
         tested = _prescreen(lm, dictionary, block, chosen_pairs, candidates, config.prescreen)
     directions = {one.latent: d for one, d in zip(tested, dictionary.directions([one.latent for one in tested]), strict=True)}
 
-    def effect_by(name: str) -> PreferenceEffect | JudgedEffect:
+    def effect_by(name: str) -> ItemEffect:
         if name == "judged" and judge is None:
             field = "effect" if config.effect == "judged" else "rank_effect"
             raise BlockemError(f"discover.{field} is judged, but no judge was given; use discover.{field}=preference or pass a judge")
@@ -161,7 +161,7 @@ def _chunks(config: DiscoverConfig, n: int) -> Chunks:
 
 
 def _exhaustive(
-    effects: dict[str, PreferenceEffect | JudgedEffect],
+    effects: dict[str, ItemEffect],
     directions: dict[int, Tensor],
     norm: float,
     tested: list[Candidate],
@@ -202,7 +202,7 @@ def _exhaustive(
 
 
 def _halving(
-    effects: dict[str, PreferenceEffect | JudgedEffect],
+    effects: dict[str, ItemEffect],
     directions: dict[int, Tensor],
     norm: float,
     tested: list[Candidate],
