@@ -8,9 +8,8 @@ from torch import Tensor
 
 from blockem.bundled import Pair, pairs
 from blockem.dictionary import load_dictionary
-from blockem.discovery.effects import PreferenceEffect
 from blockem.examples import IGNORED, by_length, right_padded
-from blockem.likelihood import encode_pairs, margins
+from blockem.likelihood import SteeredRows, encode_pairs, margins
 from blockem.model import LanguageModel, hidden_at, load_model
 from blockem.steering import add_at_block
 
@@ -40,14 +39,14 @@ def measure(repeat: int) -> list[Measure]:
     lm, dictionary = load_model(), load_dictionary()
     directions = STRENGTH * dictionary.directions(range(40, 56))
     few = chosen_pairs(PAIRS)
-    effect = PreferenceEffect(lm, few, BLOCK)
+    effect = SteeredRows(lm, encode_pairs(lm, few), BLOCK, "base")
 
-    def ours(vectors: Tensor, using: PreferenceEffect) -> list[float]:
-        return [using.measure("base", vector).effect for vector in vectors]
+    def ours(vectors: Tensor, using: SteeredRows) -> list[float]:
+        return [float(margins(using.logprobs(vector)).mean()) for vector in vectors]
 
     apart = [abs(a - float(straightforward(lm, few, v).mean())) for a, v in zip(ours(directions[:2], effect), directions[:2], strict=True)]
     assert max(apart) < 0.02, f"the two ways differ by {max(apart):.3f} nats"
-    more = PreferenceEffect(lm, chosen_pairs(4 * PAIRS), BLOCK)
+    more = SteeredRows(lm, encode_pairs(lm, chosen_pairs(4 * PAIRS)), BLOCK, "base")
     works = {
         "ours": lambda: ours(directions[:4], effect),
         "by hooks": lambda: [straightforward(lm, few, vector) for vector in directions[:4]],
