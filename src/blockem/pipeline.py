@@ -267,7 +267,7 @@ def write_summary(session: Session) -> dict[str, Any]:
     cards = {card["latent"]: card for card in read_json(run / "cards.json")} if (run / "cards.json").is_file() else {}
     latents = read_json(run / "latents.json")["latents"] if (run / "latents.json").is_file() else []
     sft, blocked, discovered = record("plain"), record("blocked"), record("discover")
-    facts = {k: v for k, v in blocked.items() if k not in ("data", "seconds")}
+    facts = {k: v for k, v in blocked.items() if k not in ("data", "seconds", "base_values_seconds")}
     summary = {
         "blockem": version("blockem"),
         "recipe": recipe.to_dict(),
@@ -283,7 +283,7 @@ def write_summary(session: Session) -> dict[str, Any]:
         **({"audit": read_json(run / "audit.json", "audit")} if (run / "audit.json").is_file() else {}),
         "seconds": {
             step: record(step).get("seconds")
-            for step in ("sae", "plain", "discover", "blocked", "random", *(f"evaluate-{n}" for n in VARIANTS))
+            for step in ("sae", "plain", "discover", "blocked", "random", *(f"evaluate-{n}" for n in VARIANTS), "audit")
             if record(step)
         },
     }
