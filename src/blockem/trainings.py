@@ -166,7 +166,6 @@ def _keep_base_values(session: Session, name: str, blocker: Blocker, rows: Seque
     blocker.to(session.lm.device)
     folder = cache_dir() / "base-values"
     blocker.values = collect(session.lm, blocker.read, blocker.blocks, blocker.key, rows, folder, progress=session.console.bar)
-    session.console.start(f"{name}: steps")
     return round(blocker.values.seconds, 1)
 
 
