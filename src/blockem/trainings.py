@@ -154,6 +154,7 @@ def _direction_blocker(session: Session, rows: Sequence[Any]) -> tuple[Blocker, 
     moved = shifts(lm, "plain", rows, sorted(set(places)), progress=session.console.bar)
     found = DirectionSet(lm.id, lm.revision, {block: leading(one, config.directions) for block, one in moved.items()}, {"rows": len(rows)})
     found.save(session.run / "directions.safetensors")
+    (session.run / "blocked-latents.json").unlink(missing_ok=True)  # an earlier training's set is not this one's
     return Blocker.from_directions(found), f"{len(found)} directions at blocks {', '.join(map(str, found.blocks))}"
 
 
