@@ -184,7 +184,8 @@ def test_a_text_that_the_server_cannot_take_is_missing_alone(said: dict[str, str
 # interruptions and several processes
 
 RUN = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with Ctrl-C ignored
 from blockem.judges.server import ServerJudge
 judge = ServerJudge("m", sys.argv[1], cache=sys.argv[2], concurrency=4, backoff=0.002, api_key_env="TEST_JUDGE_KEY")
 n = int(sys.argv[3])
