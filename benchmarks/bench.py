@@ -16,8 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from measuring import Measure, in_turn, line, missing
+from measuring import Measure, in_turn, line, spread
 
+BROKEN = "it failed with "
 GROUPS = ("help", "training", "memory", "screening", "decoding")
 
 
@@ -25,8 +26,7 @@ def help_seconds(repeat: int) -> list[Measure]:
     def work() -> None:
         subprocess.run([sys.executable, "-m", "blockem", "--help"], capture_output=True, check=True)
 
-    taken = sorted(in_turn({"help": work}, max(repeat, 3))["help"])
-    return [Measure("blockem --help, seconds", "–", taken[len(taken) // 2], taken[0], taken[-1], 0.5)]
+    return [spread("blockem --help, seconds", "–", in_turn({"help": work}, max(repeat, 3))["help"], 0.5)]
 
 
 def decoding(repeat: int) -> list[Measure]:
@@ -60,7 +60,7 @@ def measure(only: list[str], repeat: int) -> list[Measure]:
         try:
             found += group_of(name)(repeat)
         except Exception as error:  # a benchmark that breaks must not take the others with it
-            found.append(missing(name, "–", 0.0, True, f"{type(error).__name__}: {error}"))
+            found.append(Measure(name, "–", None, reason=f"{BROKEN}{type(error).__name__}: {error}"))
         print(f"bench: {name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     return found
 
@@ -74,9 +74,11 @@ def main(argv: list[str] | None = None) -> None:
     found = measure(options.only or [], options.repeat)
     if options.json:
         print(json.dumps([{**asdict(one), "reached": one.reached} for one in found], indent=1))
-        return
-    print("| measure | against | mark | here [quartiles] | |\n| --- | --- | --- | --- | --- |")
-    print("\n".join(line(one) for one in found))
+    else:
+        print("| measure | against | mark | here [quartiles] | |\n| --- | --- | --- | --- | --- |")
+        print("\n".join(line(one) for one in found))
+    if any(one.reason.startswith(BROKEN) for one in found):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

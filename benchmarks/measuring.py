@@ -52,8 +52,12 @@ class Measure:
 
 def ratio(name: str, against: str, above: list[float], below: list[float], mark: float, at_most: bool = True) -> Measure:
     """Median and quartiles of the rounds' own ratios: both sides of one round had the same machine."""
-    values = sorted(a / b for a, b in zip(above, below, strict=True))
-    quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    return spread(name, against, [a / b for a, b in zip(above, below, strict=True)], mark, at_most)
+
+
+def spread(name: str, against: str, values: list[float], mark: float, at_most: bool = True) -> Measure:
+    """Median and quartiles of values, one a round."""
+    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return Measure(name, against, statistics.median(values), quartiles[0], quartiles[2], mark, at_most)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +41,9 @@ def main(name: str) -> None:
     with trainer_of(lm, rows, defence) as (trainer, model, optimiser):
         for start in range(0, len(rows), BATCH):
             step(trainer, model, optimiser, right_padded(rows[start : start + BATCH], lm.tokenizer.pad_token_id))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())  # ru_maxrss would keep the parent's peak
+    assert found
+    print(int(found[1]) / 1024)
 
 
 if __name__ == "__main__":
