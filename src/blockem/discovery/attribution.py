@@ -20,30 +20,11 @@ from blockem.model import LanguageModel, block_output, blocks, decoder
 
 def margin_gradient(lm: LanguageModel, pairs: Sequence[Pair], block: int, variant: str, batch: int = 8) -> Tensor:
     """d(mean margin)/d(vector added at every position of `block`), `[d_model]`, float32."""
-    rows = encode_pairs(lm, pairs)
-    total = torch.zeros(lm.d_model)
-    sign = [1.0 if i % 2 else -1.0 for i in range(len(rows))]
-    with lm.variant(variant), torch.enable_grad():
-        for chosen in by_length([len(row.ids) for row in rows], batch):
-            padded = right_padded([rows[i] for i in chosen], lm.tokenizer.pad_token_id, lm.device)
-            probe = torch.zeros(lm.d_model, device=lm.device, requires_grad=True)
-            handle = blocks(lm.model)[block].register_forward_hook(lambda _m, _i, output, p=probe: _shift(output, p))
-            try:
-                final = decoder(lm.model)(
-                    input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], use_cache=False
-                ).last_hidden_state
-            finally:
-                handle.remove()
-            picked, places = supervised_logprobs(lm.model, final, padded["labels"])
-            weight = torch.tensor([sign[i] / rows[i].n_supervised for i in chosen], device=lm.device)
-            score = (picked * weight[places]).sum()
-            (gradient,) = torch.autograd.grad(score, probe)
-            total += gradient.float().cpu()
-    return total / len(pairs)
+    return pair_gradients(lm, pairs, block, variant, batch).mean(dim=0)
 
 
 def pair_gradients(lm: LanguageModel, pairs: Sequence[Pair], block: int, variant: str, batch: int = 8) -> Tensor:
-    """d(margin of each pair)/d(vector added at every position of `block`), `[pairs, d_model]`, float32; the mean is `margin_gradient`."""
+    """d(margin of each pair)/d(vector added at every position of `block`), `[pairs, d_model]`, float32."""
     rows = encode_pairs(lm, pairs)
     found = torch.zeros(len(rows), lm.d_model)
     with lm.variant(variant), torch.enable_grad():

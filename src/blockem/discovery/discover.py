@@ -24,7 +24,7 @@ from blockem.discovery.effects import Chunks, ItemEffect, JudgedEffect, Preferen
 from blockem.discovery.halving import rank_halving, screen_halving
 from blockem.discovery.ledger import Ledger, unsteered
 from blockem.discovery.rank import rank
-from blockem.discovery.screen import Candidate, screen
+from blockem.discovery.screen import Candidate, halves, screen
 from blockem.errors import BlockemError
 from blockem.examples import Example
 from blockem.judges import Judge
@@ -54,25 +54,18 @@ class Discovery:
     counts: dict[str, Any]
 
 
-def spread(pairs: Sequence[Pair], n: int) -> list[Pair]:
-    """`n` pairs dealt evenly over the domains, in file order."""
-    by_domain: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        by_domain.setdefault(pair.domain, []).append(pair)
+def spread(items: Sequence[Dealt], n: int) -> list[Dealt]:
+    """`n` pairs or prompts dealt evenly over the domains, in the order given."""
+    by_domain: dict[str, list[Dealt]] = {}
+    for item in items:
+        by_domain.setdefault(item.domain, []).append(item)
     rounds = [one for i in range(max(map(len, by_domain.values()), default=0)) for one in (d[i] for d in by_domain.values() if i < len(d))]
     return rounds[:n]
 
 
 def dealt(items: Sequence[Dealt], seed: int = 0) -> list[Dealt]:
     """All items in a random order in which every leading part is balanced over the domains."""
-    generator = random.Random(f"dealt-{seed}")
-    by_domain: dict[str, list[Dealt]] = {}
-    for item in generator.sample(list(items), len(items)):
-        by_domain.setdefault(item.domain, []).append(item)
-    found: list[Dealt] = []
-    for i in range(max(map(len, by_domain.values()), default=0)):
-        found += [some[i] for some in by_domain.values() if i < len(some)]
-    return found
+    return spread(random.Random(f"dealt-{seed}").sample(list(items), len(items)), len(items))
 
 
 def discover(
@@ -240,10 +233,7 @@ def _prescreen(
         one.attribution = value
         one.fate = "left out before screening: small first-order effect"
     ranked = sorted(candidates, key=lambda one: -one.attribution)
-    raised = [one for one in ranked if one.sign > 0]
-    lowered = [one for one in ranked if one.sign < 0]
-    half = min(len(raised), max(keep - keep // 2, keep - len(lowered)))
-    chosen = raised[:half] + lowered[: keep - half]
+    chosen = halves(ranked, keep)
     for one in chosen:
         one.fate = "candidate"
     return chosen

@@ -118,10 +118,14 @@ def best(candidates: list[Candidate], keep: int) -> list[Candidate]:
     return kept
 
 
-def balanced(ranked: list[Candidate], keep: int) -> list[Candidate]:
-    """The best `keep` of a ranked list, half of each sign; places that one sign cannot fill go to the other."""
+def halves(ranked: list[Candidate], keep: int) -> list[Candidate]:
+    """The best `keep` of a ranked list, half of each sign, the raised first; places that one sign cannot fill go to the other."""
     raised = [one for one in ranked if one.sign > 0]
     lowered = [one for one in ranked if one.sign < 0]
     n_raised = min(len(raised), max(keep - keep // 2, keep - len(lowered)))
-    chosen = raised[:n_raised] + lowered[: keep - n_raised]
-    return sorted(chosen, key=lambda one: -one.screen_score)
+    return raised[:n_raised] + lowered[: keep - n_raised]
+
+
+def balanced(ranked: list[Candidate], keep: int) -> list[Candidate]:
+    """The same, best first."""
+    return sorted(halves(ranked, keep), key=lambda one: -one.screen_score)
