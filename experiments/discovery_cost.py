@@ -50,15 +50,6 @@ def configs(args: argparse.Namespace, given: DiscoverConfig) -> dict[str, Discov
 
 def measure(session: Session, config: DiscoverConfig, log: Path, key: str) -> dict[str, Any]:
     """One way: seconds, units, and S3 and fate of every candidate."""
-    label = ""
-
-    def bar(what: str, done: int, total: int) -> None:
-        nonlocal label
-        if what != label:
-            label = what
-            session.console.start(what)
-        session.console.bar(done, total)
-
     began = time.monotonic()
     found = discover(
         session.lm,
@@ -70,7 +61,7 @@ def measure(session: Session, config: DiscoverConfig, log: Path, key: str) -> di
         bundled.general_chat("train"),
         log=log,
         key=key,
-        progress=bar,
+        progress=session.console.stage,
     )
     return {
         "key": key,

@@ -38,3 +38,12 @@ def test_quiet_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_bar_of_nothing_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     Console().bar(0, 0)
     assert capsys.readouterr().err == ""
+
+
+def test_a_stage_of_another_name_begins_another_piece(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    for what in ("first", "second"):
+        for done in (1, 2):
+            console.stage(what, done, 2)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in lines] == ["first", "first", "second", "second"]

@@ -321,16 +321,7 @@ def sae_train(
     console = Console(quiet)
     lm = load_model(model)
     lm.check_block(block)
-    label = ""
-
-    def bar(what: str, done: int, total: int) -> None:
-        nonlocal label
-        if what != label:
-            label = what
-            console.start(f"sae: {what}")
-        console.bar(done, total)
-
-    _, fit = train_dictionary(lm, examples, settings, out, bar)
+    _, fit = train_dictionary(lm, examples, settings, out, lambda what, done, total: console.stage(f"sae: {what}", done, total))
     if as_json:
         print(json.dumps(asdict(fit)))
     else:

@@ -69,15 +69,6 @@ def discover_step(session: Session, misaligned: Path | None = None) -> dict[str,
         lm = session.lm
         lm.drop_adapters()
         lm.add_adapter(adapter, "plain")
-        label = ""
-
-        def bar(what: str, done: int, total: int) -> None:
-            nonlocal label
-            if what != label:
-                label = what
-                session.console.start(what)
-            session.console.bar(done, total)
-
         general = bundled.general_chat("train")
         pairs = session.selection_pairs()
         found = discover(
@@ -91,7 +82,7 @@ def discover_step(session: Session, misaligned: Path | None = None) -> dict[str,
             session.chosen_judge if "judged" in recipe.discover.effects else None,
             session.run / "measurements.jsonl",
             key,
-            bar,
+            session.console.stage,
         )
         write_candidates(session.run / "latents.csv", found.candidates)
         scratch = session.run / ".deltas.safetensors"

@@ -63,6 +63,12 @@ class Console:
         else:
             print(line, file=sys.stderr, flush=True)
 
+    def stage(self, what: str, done: int, total: int) -> None:
+        """`bar` for work in several pieces: another name begins another piece."""
+        if what != self.label:
+            self.start(what)
+        self.bar(done, total)
+
     def close(self) -> None:
         """End an unfinished line."""
         if self._open and not self.quiet:
