@@ -17,7 +17,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from blockem.examples import by_length
+from blockem.examples import by_length, padded_ids
 from blockem.judge_bench import Array, compare
 from blockem.judge_training import JudgeData, JudgeTraining, ScoredAnswer, read_scored, split_rows
 from blockem.judges.judge import from_scores
@@ -48,11 +48,7 @@ def embeddings(lm: LanguageModel, rows: Sequence[ScoredAnswer], block: int, cons
     done = 0
     with torch.inference_mode():
         for chosen in by_length([len(one) for one in ids], 32):
-            width = max(len(ids[i]) for i in chosen)
-            padded = torch.full((len(chosen), width), lm.tokenizer.pad_token_id)
-            mask = torch.zeros_like(padded)
-            for j, i in enumerate(chosen):
-                padded[j, : len(ids[i])], mask[j, : len(ids[i])] = torch.tensor(ids[i]), 1
+            padded, mask = padded_ids([ids[i] for i in chosen], lm.tokenizer.pad_token_id, lm.device)
             hidden = hidden_at(lm.model, padded, mask, block).float()
             for j, i in enumerate(chosen):
                 own = hidden[j, : len(ids[i])]

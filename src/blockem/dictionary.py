@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from blockem.errors import BlockemError
-from blockem.examples import Example, by_length, content_start, template_ids
+from blockem.examples import Example, by_length, content_only, content_start, padded_ids, template_ids
 from blockem.model import LanguageModel, hidden_at
 
 BUNDLED = "bundled"
@@ -237,16 +237,10 @@ def activations(
     generator = torch.Generator().manual_seed(0)
     for place in torch.randperm(len(batches), generator=generator).tolist():
         chosen = batches[place]
-        longest = max(len(rows[i]) for i in chosen)
-        padded = torch.full((len(chosen), longest), lm.tokenizer.pad_token_id)
-        mask = torch.zeros((len(chosen), longest), dtype=torch.long)
-        keep = torch.zeros((len(chosen), longest), dtype=torch.bool)
-        for j, i in enumerate(chosen):
-            n = len(rows[i])
-            padded[j, :n], mask[j, :n], keep[j, starts[i] : n] = torch.tensor(rows[i]), 1, True
+        padded, mask = padded_ids([rows[i] for i in chosen], lm.tokenizer.pad_token_id, lm.device)
         with torch.inference_mode():
-            hidden = hidden_at(lm.model, padded.to(lm.device), mask.to(lm.device), block)
-        kept.append(hidden[keep.to(lm.device)].cpu())
+            hidden = hidden_at(lm.model, padded, mask, block)
+        kept.append(hidden[content_only(mask, [starts[i] for i in chosen])].cpu())
         total += kept[-1].shape[0]
         done += len(chosen)
         if progress:

@@ -231,19 +231,27 @@ def one_turn(prompt: str, answer: str, domain: str = "") -> Example:
     return Example((("user", prompt), ("assistant", answer)), domain)
 
 
+def padded_ids(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Token ids `[rows, tokens]` padded on the right, and the mask that is 1 where a row's own tokens stand."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+    return ids.to(device), mask.to(device)
+
+
+def content_only(mask: Tensor, starts: Sequence[int]) -> Tensor:
+    """Where a padded row's tokens stand from its own start on, `[rows, tokens]`, bool."""
+    places = torch.arange(mask.shape[1], device=mask.device)
+    return mask.bool() & (places >= torch.tensor(starts, device=mask.device)[:, None])
+
+
 def right_padded(rows: Sequence[Encoded], pad_id: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """A batch `[rows, tokens]`: `input_ids`, `attention_mask`, and `labels` with `IGNORED` wherever nothing is supervised."""
-    width = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    labels = torch.full((len(rows), width), IGNORED, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        n = len(row.ids)
-        tokens = torch.tensor(row.ids)
-        ids[i, :n] = tokens
-        mask[i, :n] = 1
-        labels[i, :n] = torch.where(torch.tensor(row.supervised), tokens, torch.tensor(IGNORED))
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
+    ids, mask = padded_ids([row.ids for row in rows], pad_id, device)
+    supervised, _ = padded_ids([row.supervised for row in rows], False, device)
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(supervised.bool(), ids, IGNORED)}
 
 
 def by_length(lengths: Sequence[int], batch: int) -> list[list[int]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blockem.examples import Example, by_length, content_start, template_ids
+from blockem.examples import Example, by_length, content_only, content_start, padded_ids, template_ids
 from blockem.model import LanguageModel, block_output, blocks, hidden_at
 
 
@@ -53,13 +53,8 @@ def median_norm(lm: LanguageModel, examples: Sequence[Example], block: int, batc
         rows.append((template_ids(lm.tokenizer, prompt, generation_prompt=True), content_start(lm.tokenizer, prompt)))
     with torch.inference_mode(), lm.variant("base"):
         for chosen in by_length([len(ids) for ids, _ in rows], batch):
-            width = max(len(rows[i][0]) for i in chosen)
-            ids = torch.full((len(chosen), width), lm.tokenizer.pad_token_id)
-            mask = torch.zeros_like(ids)
-            keep = torch.zeros_like(ids, dtype=torch.bool)
-            for j, i in enumerate(chosen):
-                row, start = rows[i]
-                ids[j, : len(row)], mask[j, : len(row)], keep[j, start : len(row)] = torch.tensor(row), 1, True
-            hidden = hidden_at(lm.model, ids.to(lm.device), mask.to(lm.device), block)
-            norms.append(hidden[keep.to(lm.device)].float().norm(dim=-1).cpu())
+            ids, mask = padded_ids([rows[i][0] for i in chosen], lm.tokenizer.pad_token_id, lm.device)
+            keep = content_only(mask, [rows[i][1] for i in chosen])
+            hidden = hidden_at(lm.model, ids, mask, block)
+            norms.append(hidden[keep].float().norm(dim=-1).cpu())
     return float(torch.cat(norms).median())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from blockem.dictionary import Dictionary
-from blockem.examples import Example, by_length, content_start, template_ids
+from blockem.examples import Example, by_length, content_start, padded_ids, template_ids
 from blockem.model import LanguageModel, hidden_at, unwrapped
 
 
@@ -34,12 +34,8 @@ def top_contexts(
     best: list[list[tuple[float, int, int]]] = [[] for _ in latents]
     with torch.inference_mode(), lm.variant("base"):
         for chosen in by_length([len(row) for row in ids], 16):
-            width = max(len(ids[i]) for i in chosen)
-            padded = torch.full((len(chosen), width), lm.tokenizer.pad_token_id)
-            mask = torch.zeros_like(padded)
-            for j, i in enumerate(chosen):
-                padded[j, : len(ids[i])], mask[j, : len(ids[i])] = torch.tensor(ids[i]), 1
-            hidden = hidden_at(lm.model, padded.to(lm.device), mask.to(lm.device), block)
+            padded, mask = padded_ids([ids[i] for i in chosen], lm.tokenizer.pad_token_id, lm.device)
+            hidden = hidden_at(lm.model, padded, mask, block)
             for j, i in enumerate(chosen):
                 z = rows.encode(hidden[j, starts[i] : len(ids[i])]).cpu()
                 if not len(z):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from blockem.bundled import Pair, Prompt
 from blockem.dictionary import Dictionary
-from blockem.examples import by_length, content_start, template_ids
+from blockem.examples import by_length, content_start, padded_ids, template_ids
 from blockem.likelihood import encode_pairs
 from blockem.model import LanguageModel, hidden_at
 
@@ -67,12 +67,8 @@ def mean_activations(lm: LanguageModel, dictionary: Dictionary, block: int, span
     tokens = 0
     with torch.inference_mode(), lm.variant(variant):
         for chosen in by_length([len(span.ids) for span in spans], batch):
-            width = max(len(spans[i].ids) for i in chosen)
-            ids = torch.full((len(chosen), width), lm.tokenizer.pad_token_id)
-            mask = torch.zeros_like(ids)
-            for j, i in enumerate(chosen):
-                ids[j, : len(spans[i].ids)], mask[j, : len(spans[i].ids)] = torch.tensor(spans[i].ids), 1
-            hidden = hidden_at(lm.model, ids.to(lm.device), mask.to(lm.device), block)
+            ids, mask = padded_ids([spans[i].ids for i in chosen], lm.tokenizer.pad_token_id, lm.device)
+            hidden = hidden_at(lm.model, ids, mask, block)
             for j, i in enumerate(chosen):
                 z = rows.encode(hidden[j, spans[i].start : spans[i].stop])
                 found[i] = z.mean(dim=0).cpu()

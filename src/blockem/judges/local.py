@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from blockem.errors import BlockemError
-from blockem.examples import by_length
+from blockem.examples import by_length, padded_ids
 from blockem.judges.judge import Verdict, from_scores
 from blockem.model import EMBEDDED, LanguageModel, decoder, embedded_gguf, keep_blocks, load_model
 from blockem.progress import Progress
@@ -50,14 +50,9 @@ def judge_ids(tokenizer: Any, prompt: str, answer: str, limit: int = MAX_TOKENS)
 
 def judge_logits(lm: LanguageModel, heads: nn.Linear, rows: Sequence[Sequence[int]]) -> Tensor:
     """Both scores' logits, `[rows, 2]`, float32, from the final hidden state of each row's last token."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), lm.tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-    hidden = decoder(lm.model)(input_ids=ids.to(lm.device), attention_mask=mask.to(lm.device), use_cache=False).last_hidden_state
-    last = hidden[torch.arange(len(rows), device=hidden.device), mask.sum(1).to(hidden.device) - 1]
+    ids, mask = padded_ids(rows, lm.tokenizer.pad_token_id, lm.device)
+    hidden = decoder(lm.model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    last = hidden[torch.arange(len(rows), device=hidden.device), mask.sum(1) - 1]
     found: Tensor = heads(last.float())
     return found
 
