@@ -11,7 +11,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from blockem import base_values
+from blockem import base_values, states
 from blockem.base_values import collect, values_key
 from blockem.defences.block_em import BlockEM, Blocker, Watch, penalty_of
 from blockem.dictionary import Dictionary
@@ -69,7 +69,7 @@ def test_they_are_kept_on_disk_and_read_again(lm: LanguageModel, blocker: Blocke
     rows = tiny.encoded(lm, 6)
     first = kept(lm, blocker, rows, tmp_path)
     assert first.seconds > 0
-    monkeypatch.setattr(base_values, "hidden_at_each", None)  # whoever computes now fails
+    monkeypatch.setattr(states, "hidden_at_each", None)  # whoever computes now fails
     again = kept(lm, blocker, rows[::-1], tmp_path)
     assert again.seconds == 0
     assert again.rows.keys() == first.rows.keys()
@@ -90,7 +90,7 @@ def test_a_killed_pass_goes_on_and_damaged_or_foreign_files_are_not_used(
             raise KeyboardInterrupt
         return hidden_at_each(*args)
 
-    monkeypatch.setattr(base_values, "hidden_at_each", counted)
+    monkeypatch.setattr(states, "hidden_at_each", counted)
     with pytest.raises(KeyboardInterrupt):
         kept(lm, blocker, rows, tmp_path / "cut")
     files = sorted((tmp_path / "cut").rglob("*.safetensors"))

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from blockem.errors import BlockemError
-from blockem.examples import IGNORED, Encoded, right_padded
+from blockem.examples import IGNORED, Encoded
 from blockem.fused import cpu_attention
-from blockem.model import LanguageModel, hidden_at_each
+from blockem.model import LanguageModel
 from blockem.progress import Progress
+from blockem.states import supervised_states
 from blockem.store import content_key, disk_errors
 
 SHARD = 256  # rows a file: what a killed pass can lose
@@ -122,18 +123,11 @@ def _compute(
     total: int,
     progress: Progress | None,
 ) -> list[Tensor]:
-    values: list[Tensor] = []
-    with torch.inference_mode(), lm.variant("base"), cpu_attention(lm.model):
-        for start in range(0, len(shard), batch):
-            rows = [row for _, row in shard[start : start + batch]]
-            padded = right_padded(rows, lm.tokenizer.pad_token_id, lm.device)
-            where = padded["labels"] != IGNORED
-            hidden = hidden_at_each(lm.model, padded["input_ids"], padded["attention_mask"], blocks)
-            z = read({block: output[where] for block, output in hidden.items()}).float().cpu()
-            values += [piece.clone() for piece in z.split([row.n_supervised for row in rows])]
-            if progress:
-                progress(done + min(start + batch, len(shard)), total)
-    return values
+    rows = [row for _, row in shard]  # longest first already, so that they come back in order
+    told = None if progress is None else lambda so_far, _: progress(done + so_far, total)
+    with torch.inference_mode(), cpu_attention(lm.model):
+        z = torch.cat([read(states["base"]).float().cpu() for states in supervised_states(lm, rows, ("base",), blocks, batch, told)])
+    return [piece.clone() for piece in z.split([row.n_supervised for row in rows])]
 
 
 def _write(path: Path, shard: Sequence[tuple[bytes, Encoded]], values: Sequence[Tensor]) -> None:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from blockem.errors import BlockemError
-from blockem.examples import IGNORED, Encoded, by_length, right_padded
-from blockem.model import LanguageModel, hidden_at_each
+from blockem.examples import Encoded
+from blockem.model import LanguageModel
 from blockem.progress import Progress
+from blockem.states import supervised_states
 from blockem.store import disk_errors
 
 FORMAT = "1"
@@ -150,23 +151,14 @@ def shifts(
     """How `variant` moves the stream against the base at the supervised tokens of `rows`, for each of the `wanted` blocks."""
     sums = {block: torch.zeros(lm.d_model, dtype=torch.float64) for block in wanted}
     squares = {block: torch.zeros(lm.d_model, lm.d_model, dtype=torch.float64) for block in wanted}
-    tokens = done = 0
+    tokens = 0
     with torch.inference_mode():
-        for chosen in by_length([len(row.ids) for row in rows], batch):
-            padded = right_padded([rows[i] for i in chosen], lm.tokenizer.pad_token_id, lm.device)
-            where = padded["labels"] != IGNORED
-            hidden = {}
-            for name in (variant, "base"):
-                with lm.variant(name):
-                    hidden[name] = hidden_at_each(lm.model, padded["input_ids"], padded["attention_mask"], wanted)
+        for states in supervised_states(lm, rows, (variant, "base"), wanted, batch, progress):
             for block in wanted:
-                moved = (hidden[variant][block][where].float() - hidden["base"][block][where].float()).cpu()
+                moved = (states[variant][block].float() - states["base"][block].float()).cpu()
                 sums[block] += moved.sum(dim=0).double()
                 squares[block] += (moved.T @ moved).double()
-            tokens += int(where.sum())
-            done += len(chosen)
-            if progress:
-                progress(done, len(rows))
+            tokens += len(moved)
     if not tokens:
         raise BlockemError("none of the rows has a token to measure the shift on")
     return {block: Shift(sums[block] / tokens, squares[block] / tokens, tokens) for block in wanted}

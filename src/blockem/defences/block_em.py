@@ -22,9 +22,10 @@ from blockem.defences.defence import Defence
 from blockem.dictionary import Dictionary, EncoderRows
 from blockem.directions import DirectionSet
 from blockem.errors import BlockemError
-from blockem.examples import IGNORED, Encoded, by_length, right_padded
+from blockem.examples import IGNORED, Encoded
 from blockem.latents import LatentSet
 from blockem.model import LanguageModel, base_weights, block_output, blocks, hidden_at_each
+from blockem.states import supervised_states
 
 MEASURES = ("latent", "preactivation")
 
@@ -247,16 +248,10 @@ def penalty_of(lm: LanguageModel, variant: str, blocker: Blocker, rows: Sequence
     tokens = 0
     blocker.to(lm.device)
     with torch.inference_mode():
-        for chosen in by_length([len(row.ids) for row in rows], batch):
-            padded = right_padded([rows[i] for i in chosen], lm.tokenizer.pad_token_id, lm.device)
-            where = padded["labels"] != IGNORED
-            read = {}
-            for name in (variant, "base"):
-                with lm.variant(name):
-                    hidden = hidden_at_each(lm.model, padded["input_ids"], padded["attention_mask"], blocker.blocks)
-                read[name] = blocker.read({block: output[where] for block, output in hidden.items()})
-            total += float(block_loss(read[variant], read["base"], blocker.signs).sum())
-            tokens += int(where.sum())
+        for states in supervised_states(lm, rows, (variant, "base"), blocker.blocks, batch):
+            moved, still = blocker.read(states[variant]), blocker.read(states["base"])
+            total += float(block_loss(moved, still, blocker.signs).sum())
+            tokens += len(moved)
     return total / max(tokens, 1)
 
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from blockem.dictionary import Dictionary
 from blockem.errors import BlockemError
-from blockem.examples import IGNORED, Encoded, by_length, right_padded
+from blockem.examples import Encoded
 from blockem.latents import LatentSet
-from blockem.model import LanguageModel, hidden_at_each
+from blockem.model import LanguageModel
 from blockem.progress import Progress
+from blockem.states import supervised_states
 
 
 @dataclass(frozen=True)
@@ -153,33 +154,22 @@ def _measure(
     every = range(lm.n_blocks)
     sums = {name: _Sums({b: torch.zeros(lm.d_model, dtype=torch.float64) for b in every}, dict.fromkeys(every, 0.0)) for name in names}
     encoder = dictionary.rows(range(dictionary.n_latents)).to(lm.device) if dictionary else None
-    done = 0
     with torch.inference_mode():
-        for chosen in by_length([len(row.ids) for row in rows], batch):
-            padded = right_padded([rows[i] for i in chosen], lm.tokenizer.pad_token_id, lm.device)
-            where = padded["labels"] != IGNORED
-            states = {}
-            for name in ("base", *names):
-                with lm.variant(name):
-                    hidden = hidden_at_each(lm.model, padded["input_ids"], padded["attention_mask"], list(every))
-                states[name] = {b: output[where].float() for b, output in hidden.items()}
-            base = states["base"]
-            known = (encoder.encode(base[block]), dictionary.reconstruct(base[block].cpu())) if encoder and dictionary else None
+        for states in supervised_states(lm, rows, ("base", *names), every, batch, progress):
+            here = {name: one[block].float() for name, one in states.items()}
+            known = (encoder.encode(here["base"]), dictionary.reconstruct(here["base"].cpu())) if encoder and dictionary else None
             for name in names:
                 own = sums[name]
-                own.tokens += int(where.sum())
+                own.tokens += len(here[name])
                 for b in every:
-                    moved = states[name][b] - base[b]
+                    moved = states[name][b].float() - states["base"][b].float()
                     own.mean[b] += moved.sum(dim=0).double().cpu()
                     own.square[b] += float(moved.pow(2).sum())
                 if encoder and dictionary and known:
-                    change = (encoder.encode(states[name][block]) - known[0]).sum(dim=0).double().cpu()
+                    change = (encoder.encode(here[name]) - known[0]).sum(dim=0).double().cpu()
                     own.latents = change if own.latents is None else own.latents + change
-                    rebuilt = dictionary.reconstruct(states[name][block].cpu()) - known[1]
-                    own.unexplained += float(((states[name][block] - base[block]).cpu() - rebuilt).pow(2).sum())
-            done += len(chosen)
-            if progress:
-                progress(done, len(rows))
+                    rebuilt = dictionary.reconstruct(here[name].cpu()) - known[1]
+                    own.unexplained += float(((here[name] - here["base"]).cpu() - rebuilt).pow(2).sum())
     return sums
 
 
