@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from blockem.cli_options import AsJson, Quiet
+from blockem.data_cli import data_app
 from blockem.errors import BlockemError
 from blockem.judge_cli import judge_app
+from blockem.sae_cli import sae_app
 
 if TYPE_CHECKING:
     from blockem.config import Recipe
@@ -27,8 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-sae_app = typer.Typer(help="Sparse autoencoders: train a small one, check how well one fits.", no_args_is_help=True, rich_markup_mode=None)
-data_app = typer.Typer(help="Chat data: check it before you train on it.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(sae_app, name="sae")
 app.add_typer(data_app, name="data")
 app.add_typer(judge_app, name="judge")
@@ -50,8 +51,6 @@ Block = Annotated[int | None, typer.Option(help="Block index from 0 whose output
 Rows = Annotated[int | None, typer.Option(help="At most so many training rows.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything.")]
 Poor = Annotated[bool, typer.Option("--allow-poor-sae", help="Go on even if the SAE does not fit the model.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 
 
 def _recipe(file: Path | None, out: Path | None, options: dict[str, Any], sets: list[str] | None) -> Recipe:
@@ -97,6 +96,15 @@ def _stage(file: Path | None, out: Path, options: dict[str, Any], sets: list[str
         result = work(session)
     if options.get("as_json"):
         print(json.dumps(result, ensure_ascii=False))
+
+
+def _existing_run(out: Path, quiet: bool) -> Session:
+    """The session of a run folder that a run has written, with its own recipe."""
+    from blockem.pipeline import open_session
+
+    if not (out / "recipe.yaml").is_file():
+        raise BlockemError(f"{out} is no run folder: recipe.yaml is missing; run `blockem run` first")
+    return open_session(_recipe(None, out, {}, None), out, quiet)
 
 
 def _run(file: Path | None, out: Path, options: dict[str, Any], sets: list[str] | None) -> None:
@@ -261,12 +269,10 @@ def evaluate(
 @app.command()
 def audit(out: Annotated[Path, typer.Argument(help="Run folder.")], as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Where did the blocked fine-tune go instead? Shifts by block, latents outside the set, a verdict; writes OUT/audit.json."""
-    from blockem.pipeline import audit_step, open_session
+    from blockem.pipeline import audit_step
     from blockem.store import read_json
 
-    if not (out / "recipe.yaml").is_file():
-        raise BlockemError(f"{out} is no run folder: recipe.yaml is missing; run `blockem run` first")
-    session = open_session(_recipe(None, out, {}, None), out, quiet)
+    session = _existing_run(out, quiet)
     with session.run.locked():
         result = audit_step(session)
     if as_json:
@@ -279,115 +285,13 @@ def audit(out: Annotated[Path, typer.Argument(help="Run folder.")], as_json: AsJ
 @app.command()
 def report(out: Annotated[Path, typer.Argument(help="Run folder.")], as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Write OUT/summary.json and OUT/report.html from what the run folder holds."""
-    from blockem.pipeline import open_session, report_step
+    from blockem.pipeline import report_step
     from blockem.store import read_json
 
-    if not (out / "recipe.yaml").is_file():
-        raise BlockemError(f"{out} is no run folder: recipe.yaml is missing; run `blockem run` first")
-    session = open_session(_recipe(None, out, {}, None), out, quiet)
+    session = _existing_run(out, quiet)
     with session.run.locked():
         page = report_step(session)
     print(json.dumps(read_json(out / "summary.json"), ensure_ascii=False) if as_json else f"Report: {page}")
-
-
-@sae_app.command("train")
-def sae_train(
-    data: Annotated[list[str], typer.Option("--data", help="Chat JSONL or instruction JSON; may be repeated.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, in SAELens format.")],
-    model: Annotated[str, typer.Option(help="`embedded`, a folder, a .gguf file or a hub id.")] = "embedded",
-    block: Annotated[int, typer.Option(help="Block index from 0 whose output is read.")] = 18,
-    latents: Annotated[int, typer.Option(help="Size of the dictionary.")] = 4608,
-    k: Annotated[int, typer.Option(help="Active latents a token (Top-K).")] = 64,
-    architecture: Annotated[str, typer.Option(help="topk or jumprelu.")] = "topk",
-    l0_coefficient: Annotated[float, typer.Option(help="Weight of the sparsity loss (JumpReLU).")] = 1.0,
-    activations: Annotated[int, typer.Option(help="At most so many tokens.")] = 800_000,
-    epochs: Annotated[float, typer.Option(help="Passes over them.")] = 2.0,
-    batch: Annotated[int, typer.Option(help="Tokens a step.")] = 1024,
-    lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 1e-3,
-    seed: int = 0,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Train a small SAE on the activations of any model at any block, from any chat text: minutes on a CPU."""
-    from dataclasses import asdict
-
-    from blockem.dictionary_training import SaeTraining, train_dictionary
-    from blockem.examples import read_chat
-    from blockem.model import load_model
-    from blockem.progress import Console
-
-    settings = SaeTraining(block, latents, k, architecture, l0_coefficient, epochs, lr, batch, max_activations=activations, seed=seed)
-    examples = [row for path in data for row in read_chat(path)]
-    console = Console(quiet)
-    lm = load_model(model)
-    lm.check_block(block)
-    _, fit = train_dictionary(lm, examples, settings, out, lambda what, done, total: console.stage(f"sae: {what}", done, total))
-    if as_json:
-        print(json.dumps(asdict(fit)))
-    else:
-        print(
-            f"{out}: explains {fit.variance_explained:.3f} of the variance on {fit.tokens} held-out tokens, "
-            f"{fit.dead_share:.2%} of latents unused there"
-        )
-
-
-@sae_app.command("check")
-def sae_check(
-    sae: Annotated[str, typer.Argument(help="`bundled`, a folder in SAELens format, or `release:sae_id`.")] = "bundled",
-    model: Annotated[str, typer.Option(help="`embedded`, a folder, a .gguf file or a hub id.")] = "embedded",
-    block: Annotated[int, typer.Option(help="Block index from 0 whose output is read.")] = 18,
-    data: Annotated[list[str] | None, typer.Option("--data", help="Chat JSONL to measure on (default: the bundled general chat).")] = None,
-    tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 50_000,
-    minimum: Annotated[float, typer.Option(help="Exit with code 2 below this share.")] = 0.6,
-    as_json: AsJson = False,
-) -> None:
-    """How much of the model's variance an SAE explains at a block, and how many of its latents are never used."""
-    from dataclasses import asdict
-
-    from blockem import bundled
-    from blockem.dictionary import check_fit, load_dictionary
-    from blockem.examples import read_chat
-    from blockem.model import load_model
-
-    texts = [row for path in data for row in read_chat(path)] if data else bundled.general_chat("train") + bundled.general_chat("heldout")
-    lm = load_model(model)
-    fit = check_fit(load_dictionary(sae), lm, block, texts, minimum, allow=False, limit=tokens)
-    if as_json:
-        print(json.dumps(asdict(fit)))
-    else:
-        print(f"{sae} on {lm.id}, block {block}: explains {fit.variance_explained:.3f} of the variance on {fit.tokens} tokens, ", end="")
-        print(f"{fit.mean_active:.0f} latents active a token, {fit.dead_share:.2%} never active")
-
-
-@data_app.command("check")
-def data_check(
-    data: Annotated[str | None, typer.Argument(help="Chat JSONL (default: the bundled domain).")] = None,
-    domain: Annotated[str, typer.Option(help="Bundled domain, when no file is given.")] = "health",
-    model: Annotated[str, typer.Option(help="Whose chat template is used.")] = "embedded",
-    max_tokens: Annotated[int, typer.Option(help="Rows are cut after so many tokens.")] = 512,
-    as_json: AsJson = False,
-) -> None:
-    """Show which tokens of three rows are learnt from, and count rows, tokens, truncations, duplicates and useless rows."""
-    from dataclasses import asdict
-
-    from blockem import bundled
-    from blockem.examples import encode_all, masked_text, read_chat
-    from blockem.model import load_tokenizer
-
-    tokenizer = load_tokenizer(model)
-    examples = read_chat(data) if data else bundled.domain_rows(domain)
-    rows, counted = encode_all(tokenizer, examples, max_tokens)
-    if as_json:
-        print(json.dumps(asdict(counted), ensure_ascii=False))
-        return
-    for row in rows[:3]:
-        print(masked_text(tokenizer, row), end="\n\n")
-    print("(tokens between ⟦ and ⟧ are learnt from)\n")
-    print(f"rows {counted.rows}, kept {counted.kept}, duplicates {counted.duplicates}, truncated {counted.truncated}")
-    print(f"tokens {counted.tokens}, supervised {counted.supervised_tokens}")
-    print(f"rows with nothing to learn from (dropped): {len(counted.dropped)}")
-    for line in counted.dropped[:10]:
-        print(f"  {line}")
 
 
 @app.command()

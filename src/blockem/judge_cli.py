@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from blockem.cli_options import AsJson, Quiet
 from blockem.errors import BlockemError
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ MaxRequests = Annotated[int | None, typer.Option(help="Server: send at most so m
 MaxTokens = Annotated[int | None, typer.Option(help="Server: stop after so many tokens, in and out, as it reports them.")]
 Concurrency = Annotated[int, typer.Option(help="Server: so many requests at a time.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Server: print how many requests and tokens it would take, and ask nothing.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 
 
 @judge_app.command()
