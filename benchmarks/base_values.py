@@ -18,10 +18,11 @@ from blockem.config import BlockConfig, TrainConfig
 from blockem.defences.block_em import Blocker, block_loss, penalty_of, portable_lambda
 from blockem.dictionary import load_dictionary
 from blockem.examples import encode_all, right_padded
+from blockem.forwards import unwrapped
 from blockem.fused import cpu_attention
 from blockem.latents import LatentSet
 from blockem.likelihood import completion_losses
-from blockem.model import load_model, unwrapped
+from blockem.model import load_model
 from blockem.training import add_lora
 
 

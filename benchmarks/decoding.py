@@ -16,9 +16,10 @@ import torch
 
 from blockem import bundled
 from blockem.examples import template_ids
+from blockem.forwards import decoder
 from blockem.generation import _by_batches
 from blockem.head import next_logits
-from blockem.model import LanguageModel, decoder, load_model
+from blockem.model import LanguageModel, load_model
 from blockem.packing import packed_weights
 from blockem.slots import slot_attention
 from blockem.stream import Row, Slots, decode, largest

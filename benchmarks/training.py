@@ -22,8 +22,9 @@ from blockem.defences.block_em import BlockEM, Blocker, block_loss
 from blockem.defences.defence import Defence
 from blockem.dictionary import load_dictionary
 from blockem.examples import IGNORED, Encoded, encode_all, right_padded
+from blockem.forwards import block_output, unwrapped
 from blockem.fused import cpu_attention, fuse_lora
-from blockem.model import LanguageModel, block_output, load_model, unwrapped
+from blockem.model import LanguageModel, load_model
 from blockem.training import DefenceTrainer, Rows, add_lora
 
 BLOCK, LATENTS, BATCH = 18, range(100, 120), 16
@@ -67,7 +68,7 @@ class PublishedBlocking(Defence):
 
     @contextmanager
     def training_hooks(self, model: Any) -> Iterator[None]:
-        from blockem.model import blocks
+        from blockem.forwards import blocks
 
         def keep(_module: Any, _inputs: Any, output: Any) -> None:
             self.kept = block_output(output)

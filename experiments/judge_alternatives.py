@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from blockem.examples import by_length, padded_ids
+from blockem.forwards import hidden_at
 from blockem.judge_bench import Array, compare
 from blockem.judge_training import JudgeData, JudgeTraining, ScoredAnswer, read_scored, split_rows
 from blockem.judges.judge import from_scores
 from blockem.judges.local import LocalJudge, judge_ids
-from blockem.model import LanguageModel, hidden_at, load_model
+from blockem.model import LanguageModel, load_model
 from blockem.progress import Console
 
 BUCKETS = 4096

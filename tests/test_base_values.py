@@ -17,7 +17,8 @@ from blockem.defences.block_em import BlockEM, Blocker, Watch, penalty_of
 from blockem.dictionary import Dictionary
 from blockem.errors import BlockemError
 from blockem.examples import Encoded, right_padded
-from blockem.model import LanguageModel, hidden_at, hidden_at_each, unwrapped
+from blockem.forwards import hidden_at, hidden_at_each, unwrapped
+from blockem.model import LanguageModel
 from blockem.training import add_lora, fine_tune
 
 IDS, SIGNS = (3, 7, 11, 19), (1, -1, 1, -1)

@@ -16,7 +16,8 @@ from blockem.defences.defence import Defence
 from blockem.dictionary import Dictionary, EncoderRows
 from blockem.errors import BlockemError
 from blockem.examples import IGNORED, right_padded
-from blockem.model import LanguageModel, hidden_at, unwrapped
+from blockem.forwards import hidden_at, unwrapped
+from blockem.model import LanguageModel
 from blockem.training import add_lora, fine_tune
 
 SIGNS = (1, -1, 1, -1)

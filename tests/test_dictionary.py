@@ -24,7 +24,8 @@ from blockem.dictionary import (
 )
 from blockem.errors import BlockemError
 from blockem.examples import content_start, template_ids
-from blockem.model import LanguageModel, hidden_at
+from blockem.forwards import hidden_at
+from blockem.model import LanguageModel
 
 HIDDEN = torch.randn(50, tiny.D_MODEL, generator=torch.Generator().manual_seed(1))
 

@@ -13,7 +13,8 @@ from blockem.defences.defence import Defence
 from blockem.directions import BOTH, Directions, DirectionSet, Shift, leading, shifts
 from blockem.errors import BlockemError
 from blockem.examples import IGNORED, right_padded
-from blockem.model import LanguageModel, hidden_at
+from blockem.forwards import hidden_at
+from blockem.model import LanguageModel
 from blockem.training import fine_tune
 
 

@@ -27,11 +27,12 @@ from blockem.discovery.rank import best_strength, rank
 from blockem.discovery.screen import Candidate, balanced, budget_for, screen
 from blockem.errors import BlockemError
 from blockem.examples import content_start, encode, one_turn, template_ids
+from blockem.forwards import hidden_at
 from blockem.generation import generate
 from blockem.judges import Verdict
 from blockem.latents import Latent, LatentSet
 from blockem.likelihood import completion_logprobs, encode_pairs, margins
-from blockem.model import LanguageModel, hidden_at
+from blockem.model import LanguageModel
 from blockem.steering import add_at_block, median_norm
 
 QUICK = DiscoverConfig(pool=8, prescreen=0, keep=6, size=3, strengths=(0.2, 0.4), pairs=6, max_new_tokens=4)

@@ -13,7 +13,7 @@ import blockem
 
 SOURCE = Path(blockem.__file__).parent
 UPPER = {"pipeline", "session", "trainings", "cli", "report", "training"}
-LOWER = ("errors", "store", "config", "examples", "model", "steering")
+LOWER = ("errors", "store", "config", "examples", "forwards", "model", "steering")
 
 
 def module_name(path: Path) -> str:

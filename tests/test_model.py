@@ -13,21 +13,8 @@ import torch
 
 from blockem import model
 from blockem.errors import BlockemError
-from blockem.model import (
-    LanguageModel,
-    base_weights,
-    blocks,
-    cache_dir,
-    dequantised,
-    fingerprint,
-    identify,
-    load_model,
-    load_tokenizer,
-    only_blocks,
-    pick_device,
-    pick_dtype,
-    unwrapped,
-)
+from blockem.forwards import base_weights, blocks, only_blocks, unwrapped
+from blockem.model import LanguageModel, cache_dir, dequantised, fingerprint, identify, load_model, load_tokenizer, pick_device, pick_dtype
 
 
 def logits(lm: LanguageModel) -> torch.Tensor:

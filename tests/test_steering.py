@@ -7,7 +7,8 @@ import tiny
 import torch
 
 from blockem.examples import content_start, template_ids
-from blockem.model import LanguageModel, blocks, hidden_at
+from blockem.forwards import blocks, hidden_at
+from blockem.model import LanguageModel
 from blockem.steering import add_at_block, median_norm
 
 IDS = torch.arange(10, 34).reshape(3, 8)

@@ -11,8 +11,9 @@ import tiny
 import torch
 
 from blockem import generation, packing, stream
+from blockem.forwards import blocks, decoder
 from blockem.generation import generate
-from blockem.model import LanguageModel, blocks, decoder, load_model
+from blockem.model import LanguageModel, load_model
 from blockem.packing import can_pack, packed_weights
 from blockem.steering import add_at_block
 from blockem.stream import Row, can_stream, decode

@@ -11,8 +11,9 @@ from blockem.bundled import Pair, Prompt
 from blockem.config import TrainConfig
 from blockem.dictionary import Dictionary, load_dictionary
 from blockem.examples import Encoded, Example, encode, one_turn
+from blockem.forwards import unwrapped
 from blockem.latents import Latent, LatentSet
-from blockem.model import LanguageModel, unwrapped
+from blockem.model import LanguageModel
 
 N_BLOCKS = 4
 D_MODEL = 32

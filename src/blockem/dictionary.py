@@ -17,7 +17,8 @@ from torch import Tensor
 
 from blockem.errors import BlockemError
 from blockem.examples import Example, by_length, content_only, content_start, padded_ids, template_ids
-from blockem.model import LanguageModel, hidden_at
+from blockem.forwards import hidden_at
+from blockem.model import LanguageModel
 
 BUNDLED = "bundled"
 BUNDLED_FOLDER = Path(__file__).parent / "assets" / "sae" / "smollm2-135m-instruct-block18"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from blockem.examples import Message, by_length, template_ids
-from blockem.model import LanguageModel, unwrapped
+from blockem.forwards import unwrapped
+from blockem.model import LanguageModel
 from blockem.steering import add_at_block
 from blockem.stream import Row, can_stream, decode
 

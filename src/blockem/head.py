@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from blockem.examples import IGNORED
-from blockem.model import decoder, unwrapped
+from blockem.forwards import decoder, unwrapped
 
 CHUNK = 256
 

@@ -26,9 +26,10 @@ from blockem.checkpoints import SafeTrainer, last_checkpoint, save_adapter
 from blockem.config import TrainConfig
 from blockem.errors import BlockemError
 from blockem.examples import by_length, read_chat, read_rows
+from blockem.forwards import keep_blocks
 from blockem.fused import cpu_attention, fuse_lora
 from blockem.judges.local import MAX_TOKENS, SCORES, LocalJudge, judge_ids, judge_logits, raw_scores
-from blockem.model import LanguageModel, keep_blocks, quiet_transformers
+from blockem.model import LanguageModel, quiet_transformers
 from blockem.progress import Progress
 from blockem.store import claim_scratch, content_key, read_json, write_json
 from blockem.training import add_lora

@@ -15,11 +15,13 @@ from torch import Tensor
 from blockem.bundled import Pair
 from blockem.errors import BlockemError
 from blockem.examples import Encoded, by_length, encode, one_turn, right_padded
+from blockem.forwards import decoder, from_hidden, hidden_at, supports_from_hidden
 from blockem.head import supervised_logprobs
-from blockem.model import LanguageModel, decoder, from_hidden, hidden_at, supports_from_hidden
+from blockem.model import LanguageModel
 from blockem.steering import add_at_block
 
 STACK = 64
+"""Rows of one forward when several edits run at once (docs/DECISIONS.md, "Edits stacked as rows")."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,4 @@
-"""Causal language models: loading, blocks by index, adapters, and forwards that run only the blocks they need.
-
-A block is named by its index from 0 and always means its *output*: the residual stream after `layers[block]`
-(BLOCK-EM's "layer 20" of Llama-3.1-8B is block 19).
-"""
+"""Causal language models: loading from a hub, a folder or a GGUF file, and adapters by name."""
 
 from __future__ import annotations
 
@@ -13,16 +9,16 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from blockem.errors import BlockemError
+from blockem.forwards import base_weights
 from blockem.fused import fuse_lora
 
 EMBEDDED = "embedded"
@@ -338,125 +334,3 @@ def identify(model: str, revision: str | None = None) -> str:
     """What `LanguageModel.revision` will be, found without loading the model (for a hub id: the revision asked for)."""
     source = _source(model)
     return fingerprint(source) if isinstance(source, Path) else (revision or "main")
-
-
-def base_weights(model: nn.Module) -> Any:
-    """A context in which every adapter is off; does nothing for a model that has none."""
-    wrapper: Any = model
-    return wrapper.disable_adapter() if hasattr(wrapper, "disable_adapter") else nullcontext()
-
-
-def unwrapped(model: nn.Module) -> Any:
-    """The transformers model inside a PEFT wrapper (its layers still carry the adapters)."""
-    wrapper: Any = model
-    return wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper
-
-
-def blocks(model: nn.Module) -> nn.ModuleList:
-    """The transformer blocks, in order.
-
-    Raises:
-        BlockemError: the architecture has no list of `num_hidden_layers` blocks.
-    """
-    owner, name = _block_list(model)
-    found: nn.ModuleList = getattr(owner, name)
-    return found
-
-
-def _block_list(model: nn.Module) -> tuple[nn.Module, str]:
-    inner = unwrapped(model)
-    config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
-    for owner in inner.modules():
-        for name, child in owner.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers:
-                return owner, name
-    raise BlockemError(f"cannot find the {config.num_hidden_layers} blocks of a {type(inner).__name__}")
-
-
-def decoder(model: nn.Module) -> Any:
-    """The stack without its output head: embeddings, blocks, final norm."""
-    inner = unwrapped(model)
-    found = inner.get_decoder() if hasattr(inner, "get_decoder") else None
-    return found if found is not None else getattr(inner, inner.base_model_prefix)
-
-
-def block_output(output: Any) -> Tensor:
-    """A block's hidden states `[rows, tokens, d_model]`, whether the block returns them alone or in a tuple."""
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
-
-
-@contextmanager
-def only_blocks(model: nn.Module, start: int, stop: int) -> Iterator[None]:
-    """Inside the context the model consists of blocks `start` to `stop - 1` alone. Not for concurrent use."""
-    owner, name = _block_list(model)
-    full: nn.ModuleList = getattr(owner, name)
-    config: Any = getattr(owner, "config", None)
-    kinds = getattr(config, "layer_types", None)  # which blocks attend through a window: looked up by place in the list
-    setattr(owner, name, nn.ModuleList(list(full)[start:stop]))
-    if kinds is not None:
-        config.layer_types = kinds[start:stop]
-    try:
-        yield
-    finally:
-        setattr(owner, name, full)
-        if kinds is not None:
-            config.layer_types = kinds
-
-
-def keep_blocks(model: nn.Module, n: int) -> None:
-    """Cut the model down to its first `n` blocks for good."""
-    owner, name = _block_list(model)
-    config = unwrapped(model).config
-    setattr(owner, name, nn.ModuleList(list(getattr(owner, name))[:n]))
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = config.layer_types[:n]
-    config.num_hidden_layers = n
-
-
-@contextmanager
-def capture(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the outputs of a block, one tensor `[rows, tokens, d_model]` a call, by a forward hook."""
-    seen: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _module, _inputs, output: seen.append(block_output(output)))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def hidden_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, block: int) -> Tensor:
-    """The output of `block`, `[rows, tokens, d_model]`, running no block after it and no output head."""
-    return hidden_at_each(model, input_ids, attention_mask, [block])[block]
-
-
-def hidden_at_each(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
-    """The outputs of several blocks, `[rows, tokens, d_model]` each, in one forward that stops after the highest of them."""
-    listed = blocks(model)
-    with ExitStack() as stack:
-        seen = {block: stack.enter_context(capture(listed[block])) for block in sorted(set(wanted))}
-        stack.enter_context(only_blocks(model, 0, max(wanted) + 1))
-        decoder(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return {block: outputs[0] for block, outputs in seen.items()}
-
-
-def from_hidden(model: nn.Module, hidden: Tensor, attention_mask: Tensor, block: int) -> Tensor:
-    """The final normed hidden states, computed from the output of `block` by the blocks after it alone.
-
-    Exact for architectures that feed `inputs_embeds` straight to their blocks (`supports_from_hidden` tells).
-    """
-    total = len(blocks(model))
-    with only_blocks(model, block + 1, total):
-        output = decoder(model)(inputs_embeds=hidden, attention_mask=attention_mask, use_cache=False)
-    found: Tensor = output.last_hidden_state
-    return found
-
-
-def supports_from_hidden(lm: LanguageModel, block: int) -> bool:
-    """Whether `from_hidden` gives this architecture's own result; measured on a few tokens, not assumed."""
-    ids = torch.arange(5, 21, device=lm.device)[None]
-    mask = torch.ones_like(ids)
-    with torch.inference_mode():
-        whole = decoder(lm.model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
-        parts = from_hidden(lm.model, hidden_at(lm.model, ids, mask, block), mask, block).float()
-    return bool((whole - parts).norm() <= 0.01 * whole.norm())

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blockem.forwards import unwrapped
 from blockem.fused import merged_weight
-from blockem.model import cpu_has_fast_bf16, unwrapped
+from blockem.model import cpu_has_fast_bf16
 
 LARGEST = 4 << 30
 """Bytes: a model with more weights than this is not copied."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from blockem.model import unwrapped
+from blockem.forwards import unwrapped
 
 ATTENTION = "blockem_slots"
 STEP = 16

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from blockem.examples import IGNORED, Encoded, by_length, right_padded
-from blockem.model import LanguageModel, hidden_at_each
+from blockem.forwards import hidden_at_each
+from blockem.model import LanguageModel
 from blockem.progress import Progress
 
 States = dict[str, dict[int, Tensor]]

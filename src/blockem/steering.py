@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from blockem.examples import Example, by_length, content_only, content_start, padded_ids, template_ids
-from blockem.model import LanguageModel, block_output, blocks, hidden_at
+from blockem.forwards import block_output, blocks, hidden_at
+from blockem.model import LanguageModel
 
 
 @contextmanager

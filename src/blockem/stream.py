@@ -16,8 +16,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from blockem.forwards import blocks, capture, decoder, only_blocks, unwrapped
 from blockem.head import next_logits
-from blockem.model import LanguageModel, blocks, capture, decoder, only_blocks, unwrapped
+from blockem.model import LanguageModel
 from blockem.packing import packed_weights
 from blockem.slots import SlotCache, causal_mask, slot_attention, step_mask
 from blockem.steering import add_at_block
@@ -28,6 +29,7 @@ PROMPT_TOKENS = 4096
 WORTH_PACKING = 1024
 """Tokens to generate from which on laying the weights out anew pays."""
 RUN = 128
+"""Logits in one run of `largest`; vocabularies that it does not divide take the plain way."""
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,10 @@ from blockem.config import TrainConfig
 from blockem.defences.defence import Defence
 from blockem.errors import BlockemError
 from blockem.examples import IGNORED, Encoded, right_padded
+from blockem.forwards import block_list, blocks, unwrapped
 from blockem.fused import cpu_attention, fuse_lora
 from blockem.head import supervised_logprobs, watch_final
-from blockem.model import LanguageModel, _block_list, blocks, quiet_transformers, unwrapped
+from blockem.model import LanguageModel, quiet_transformers
 from blockem.progress import Progress
 
 
@@ -157,7 +158,7 @@ def add_lora(lm: LanguageModel, config: TrainConfig, trained: range, seed: int) 
         lora_dropout=0.0,
         target_modules=targets,
         layers_to_transform=list(trained),
-        layers_pattern=_block_list(lm.model)[1],
+        layers_pattern=block_list(lm.model)[1],
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(lm.model, settings)

@@ -16,10 +16,11 @@ from blockem import likelihood
 from blockem.defences.block_em import BlockEM, Blocker
 from blockem.dictionary import Dictionary
 from blockem.examples import right_padded
+from blockem.forwards import blocks, capture, decoder, from_hidden, hidden_at, only_blocks, supports_from_hidden
 from blockem.generation import generate
 from blockem.head import watch_final
 from blockem.likelihood import SteeredRows, completion_logprobs
-from blockem.model import LanguageModel, blocks, capture, decoder, from_hidden, hidden_at, only_blocks, supports_from_hidden
+from blockem.model import LanguageModel
 from blockem.steering import add_at_block
 
 

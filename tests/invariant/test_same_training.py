@@ -16,7 +16,8 @@ from blockem.defences.block_em import BlockEM, Blocker
 from blockem.defences.defence import Defence
 from blockem.dictionary import Dictionary
 from blockem.examples import IGNORED, right_padded
-from blockem.model import LanguageModel, unwrapped
+from blockem.forwards import unwrapped
+from blockem.model import LanguageModel
 from blockem.training import add_lora, fine_tune
 
 PICKLES = {".pt", ".bin", ".pth", ".pkl", ".pickle", ".ckpt"}

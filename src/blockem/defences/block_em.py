@@ -23,8 +23,9 @@ from blockem.dictionary import Dictionary, EncoderRows
 from blockem.directions import DirectionSet
 from blockem.errors import BlockemError
 from blockem.examples import IGNORED, Encoded
+from blockem.forwards import base_weights, block_output, blocks, hidden_at_each
 from blockem.latents import LatentSet
-from blockem.model import LanguageModel, base_weights, block_output, blocks, hidden_at_each
+from blockem.model import LanguageModel
 from blockem.states import supervised_states
 
 MEASURES = ("latent", "preactivation")

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from blockem.bundled import Pair
 from blockem.examples import by_length, right_padded
+from blockem.forwards import block_output, blocks, decoder
 from blockem.head import supervised_logprobs
 from blockem.likelihood import encode_pairs
-from blockem.model import LanguageModel, block_output, blocks, decoder
+from blockem.model import LanguageModel
 
 
 def margin_gradient(lm: LanguageModel, pairs: Sequence[Pair], block: int, variant: str, batch: int = 8) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 
 from blockem.dictionary import Dictionary
 from blockem.examples import Example, by_length, content_start, padded_ids, template_ids
-from blockem.model import LanguageModel, hidden_at, unwrapped
+from blockem.forwards import hidden_at, unwrapped
+from blockem.model import LanguageModel
 
 
 def promoted_tokens(lm: LanguageModel, dictionary: Dictionary, latents: Sequence[int], n: int = 8) -> list[tuple[list[str], list[str]]]:

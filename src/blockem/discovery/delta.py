@@ -14,8 +14,9 @@ from torch import Tensor
 from blockem.bundled import Pair, Prompt
 from blockem.dictionary import Dictionary
 from blockem.examples import by_length, content_start, padded_ids, template_ids
+from blockem.forwards import hidden_at
 from blockem.likelihood import encode_pairs
-from blockem.model import LanguageModel, hidden_at
+from blockem.model import LanguageModel
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from blockem.errors import BlockemError
 from blockem.examples import by_length, padded_ids
+from blockem.forwards import decoder, keep_blocks
 from blockem.judges.judge import Verdict, from_scores
-from blockem.model import EMBEDDED, LanguageModel, decoder, embedded_gguf, keep_blocks, load_model
+from blockem.model import EMBEDDED, LanguageModel, embedded_gguf, load_model
 from blockem.progress import Progress
 from blockem.store import file_key, read_json
 
