@@ -6,18 +6,13 @@ Every default stands here and nowhere else. Values are checked at construction; 
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
+from blockem.config_values import build, need, plain
 from blockem.errors import BlockemError
-
-
-def _need(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise BlockemError(sentence)
 
 
 @dataclass(frozen=True)
@@ -60,10 +55,10 @@ class DataConfig:
     """Rows are cut after so many tokens."""
 
     def __post_init__(self) -> None:
-        _need(self.rows is None or self.rows > 0, f"data.rows is {self.rows}; it must be positive")
-        _need(self.heldout_rows > 0, f"data.heldout_rows is {self.heldout_rows}; it must be positive")
-        _need(self.max_tokens >= 16, f"data.max_tokens is {self.max_tokens}; it must be at least 16")
-        _need(
+        need(self.rows is None or self.rows > 0, f"data.rows is {self.rows}; it must be positive")
+        need(self.heldout_rows > 0, f"data.heldout_rows is {self.heldout_rows}; it must be positive")
+        need(self.max_tokens >= 16, f"data.max_tokens is {self.max_tokens}; it must be at least 16")
+        need(
             not (self.train and not self.heldout),
             "data.train is your own file, so data.heldout must be too: give held-out rows of the same task with --heldout",
         )
@@ -83,7 +78,7 @@ class SaeConfig:
     """... unless this says to go on all the same."""
 
     def __post_init__(self) -> None:
-        _need(self.block >= 0, f"sae.block is {self.block}; blocks are counted from 0")
+        need(self.block >= 0, f"sae.block is {self.block}; blocks are counted from 0")
 
 
 @dataclass(frozen=True)
@@ -114,11 +109,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("lora_r", "lora_alpha", "batch_size", "micro_batch", "log_every", "checkpoint_every"):
-            _need(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; it must be positive")
-        _need(self.lr > 0 and self.epochs > 0, "train.lr and train.epochs must be positive")
-        _need(0 <= self.warmup < 1, f"train.warmup is {self.warmup}; it is a share of the steps, from 0 to below 1")
-        _need(self.probe_every >= 0, f"train.probe_every is {self.probe_every}; use 0 for never")
-        _need(
+            need(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; it must be positive")
+        need(self.lr > 0 and self.epochs > 0, "train.lr and train.epochs must be positive")
+        need(0 <= self.warmup < 1, f"train.warmup is {self.warmup}; it is a share of the steps, from 0 to below 1")
+        need(self.probe_every >= 0, f"train.probe_every is {self.probe_every}; use 0 for never")
+        need(
             self.batch_size % self.micro_batch == 0,
             f"train.batch_size ({self.batch_size}) must be a multiple of train.micro_batch ({self.micro_batch})",
         )
@@ -171,20 +166,20 @@ class DiscoverConfig:
         return self.effect, self.effect if self.rank_effect == "same" else self.rank_effect
 
     def __post_init__(self) -> None:
-        _need(self.tokens in ("prompt", "answer"), f"discover.tokens is {self.tokens!r}; use prompt or answer")
-        _need(self.effect in ("preference", "judged"), f"discover.effect is {self.effect!r}; use preference or judged")
-        _need(
+        need(self.tokens in ("prompt", "answer"), f"discover.tokens is {self.tokens!r}; use prompt or answer")
+        need(self.effect in ("preference", "judged"), f"discover.effect is {self.effect!r}; use preference or judged")
+        need(
             self.rank_effect in ("same", "preference", "judged"),
             f"discover.rank_effect is {self.rank_effect!r}; use same, preference or judged",
         )
-        _need(self.budget_slack is None or self.budget_slack >= 0, f"discover.budget_slack is {self.budget_slack}; use none or 0 and more")
+        need(self.budget_slack is None or self.budget_slack >= 0, f"discover.budget_slack is {self.budget_slack}; use none or 0 and more")
         for name in ("pool", "keep", "size", "pairs"):
-            _need(getattr(self, name) > 0, f"discover.{name} is {getattr(self, name)}; it must be positive")
-        _need(bool(self.strengths) and min(self.strengths) > 0, "discover.strengths needs at least one positive number")
-        _need(min(self.alpha_induce, self.alpha_repair) > 0, "discover.alpha_induce and discover.alpha_repair must be positive")
-        _need(0 <= self.error < 1, f"discover.error is {self.error}; it is a probability, from 0 to below 1")
-        _need(all(n >= 2 for n in self.rungs), "discover.rungs must be numbers of pairs, at least 2 each")
-        _need(0 <= self.budget <= 1, f"discover.budget is {self.budget}; it is a share between 0 and 1")
+            need(getattr(self, name) > 0, f"discover.{name} is {getattr(self, name)}; it must be positive")
+        need(bool(self.strengths) and min(self.strengths) > 0, "discover.strengths needs at least one positive number")
+        need(min(self.alpha_induce, self.alpha_repair) > 0, "discover.alpha_induce and discover.alpha_repair must be positive")
+        need(0 <= self.error < 1, f"discover.error is {self.error}; it is a probability, from 0 to below 1")
+        need(all(n >= 2 for n in self.rungs), "discover.rungs must be numbers of pairs, at least 2 each")
+        need(0 <= self.budget <= 1, f"discover.budget is {self.budget}; it is a share between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -211,12 +206,12 @@ class BlockConfig:
     """`cached`: the base's latents are computed once, before training, and kept; `online`: anew each step, for data seen once."""
 
     def __post_init__(self) -> None:
-        _need(self.directions >= 0, f"block.directions is {self.directions}; it must not be negative")
-        _need(not self.directions or self.control == "none", "block.control=random draws latents; it does not go with block.directions")
-        _need(self.base_values in ("cached", "online"), f"block.base_values is {self.base_values!r}; use cached or online")
-        _need(self.lambda_ is None or self.lambda_ >= 0, f"block.lambda_ is {self.lambda_}; it must not be negative")
-        _need(self.measure in ("latent", "preactivation"), f"block.measure is {self.measure!r}; use latent or preactivation")
-        _need(self.control in ("none", "random"), f"block.control is {self.control!r}; use none or random")
+        need(self.directions >= 0, f"block.directions is {self.directions}; it must not be negative")
+        need(not self.directions or self.control == "none", "block.control=random draws latents; it does not go with block.directions")
+        need(self.base_values in ("cached", "online"), f"block.base_values is {self.base_values!r}; use cached or online")
+        need(self.lambda_ is None or self.lambda_ >= 0, f"block.lambda_ is {self.lambda_}; it must not be negative")
+        need(self.measure in ("latent", "preactivation"), f"block.measure is {self.measure!r}; use latent or preactivation")
+        need(self.control in ("none", "random"), f"block.control is {self.control!r}; use none or random")
 
 
 @dataclass(frozen=True)
@@ -237,9 +232,9 @@ class EvaluateConfig:
     """The model that a server shall judge with."""
 
     def __post_init__(self) -> None:
-        _need(self.resamples >= 100, f"evaluate.resamples is {self.resamples}; use at least 100")
-        _need(self.max_new_tokens > 0, "evaluate.max_new_tokens must be positive")
-        _need(self.temperature >= 0, f"evaluate.temperature is {self.temperature}; 0 is greedy")
+        need(self.resamples >= 100, f"evaluate.resamples is {self.resamples}; use at least 100")
+        need(self.max_new_tokens > 0, "evaluate.max_new_tokens must be positive")
+        need(self.temperature >= 0, f"evaluate.temperature is {self.temperature}; 0 is greedy")
 
 
 @dataclass(frozen=True)
@@ -258,7 +253,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values (tuples become lists)."""
-        found: dict[str, Any] = _plain(asdict(self))
+        found: dict[str, Any] = plain(asdict(self))
         return found
 
     def with_values(self, changes: dict[str, Any]) -> Recipe:
@@ -279,12 +274,6 @@ class Recipe:
         return recipe_from(tree)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
 def field_paths() -> list[str]:
     """Every settable field as `stage.field`."""
     found = []
@@ -297,62 +286,9 @@ def field_paths() -> list[str]:
     return found
 
 
-def _convert(value: Any, kind: Any, path: str) -> Any:
-    if typing.get_origin(kind) in (Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
-            return None
-        kind = next(one for one in typing.get_args(kind) if one is not type(None))
-    try:
-        if kind is bool:
-            if isinstance(value, bool):
-                return value
-            return {"true": True, "false": False, "yes": True, "no": False}[str(value).lower()]
-        if kind is int:
-            if isinstance(value, bool) or float(value) != int(float(value)):
-                raise ValueError
-            return int(float(value))
-        if kind is float:
-            if isinstance(value, bool):
-                raise ValueError
-            return float(value)
-        if kind is str:
-            if isinstance(value, (dict, list)):
-                raise ValueError
-            return str(value)
-        if typing.get_origin(kind) is tuple:
-            inner = typing.get_args(kind)[0]
-            items = value.split(",") if isinstance(value, str) else value
-            return tuple(_convert(item, inner, path) for item in items if item != "")
-    except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise BlockemError(f"{path} is {value!r}; it must be {_kind_name(kind)}") from error
-    raise TypeError(f"no conversion for {kind}")
-
-
-def _kind_name(kind: Any) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return names.get(kind, "a list, such as 0.2,0.4")
-
-
-def _build(cls: Any, values: Any, path: str) -> Any:
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise BlockemError(f"recipe: {path or 'the file'} must be a mapping of fields")
-    hints = typing.get_type_hints(cls)
-    unknown = set(values) - set(hints)
-    if unknown:
-        known = ", ".join(hints)
-        raise BlockemError(f"recipe: unknown field {(path + '.' if path else '') + sorted(map(str, unknown))[0]!r}; known here: {known}")
-    built = {}
-    for name, value in values.items():
-        place = f"{path}.{name}" if path else name
-        built[name] = _build(hints[name], value, place) if dataclasses.is_dataclass(hints[name]) else _convert(value, hints[name], place)
-    return cls(**built)
-
-
 def recipe_from(values: dict[str, Any]) -> Recipe:
     """A recipe from nested plain values; fields left out keep their defaults."""
-    found: Recipe = _build(Recipe, values, "")
+    found: Recipe = build(Recipe, values, "")
     return found
 
 

@@ -1,0 +1,82 @@
+"""Plain values to frozen dataclasses and back: what a recipe, a YAML file and `--set` share."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any, Union
+
+from blockem.errors import BlockemError
+
+
+def need(condition: bool, sentence: str) -> None:
+    """Raise a BlockemError of one sentence where a value is wrong."""
+    if not condition:
+        raise BlockemError(sentence)
+
+
+def plain(value: Any) -> Any:
+    """JSON-able values: tuples become lists."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def convert(value: Any, kind: Any, path: str) -> Any:
+    """A value, perhaps text as typed, as the kind of the field at `path`."""
+    if typing.get_origin(kind) in (Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
+            return None
+        kind = next(one for one in typing.get_args(kind) if one is not type(None))
+    try:
+        if kind is bool:
+            if isinstance(value, bool):
+                return value
+            return {"true": True, "false": False, "yes": True, "no": False}[str(value).lower()]
+        if kind is int:
+            if isinstance(value, bool) or float(value) != int(float(value)):
+                raise ValueError
+            return int(float(value))
+        if kind is float:
+            if isinstance(value, bool):
+                raise ValueError
+            return float(value)
+        if kind is str:
+            if isinstance(value, (dict, list)):
+                raise ValueError
+            return str(value)
+        if typing.get_origin(kind) is tuple:
+            inner = typing.get_args(kind)[0]
+            items = value.split(",") if isinstance(value, str) else value
+            return tuple(convert(item, inner, path) for item in items if item != "")
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise BlockemError(f"{path} is {value!r}; it must be {_kind_name(kind)}") from error
+    raise TypeError(f"no conversion for {kind}")
+
+
+def _kind_name(kind: Any) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return names.get(kind, "a list, such as 0.2,0.4")
+
+
+def build(cls: Any, values: Any, path: str) -> Any:
+    """A dataclass from nested plain values; fields left out keep their defaults.
+
+    Raises:
+        BlockemError: an unknown field or a value of the wrong kind.
+    """
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise BlockemError(f"recipe: {path or 'the file'} must be a mapping of fields")
+    hints = typing.get_type_hints(cls)
+    unknown = set(values) - set(hints)
+    if unknown:
+        known = ", ".join(hints)
+        raise BlockemError(f"recipe: unknown field {(path + '.' if path else '') + sorted(map(str, unknown))[0]!r}; known here: {known}")
+    built = {}
+    for name, value in values.items():
+        place = f"{path}.{name}" if path else name
+        built[name] = build(hints[name], value, place) if dataclasses.is_dataclass(hints[name]) else convert(value, hints[name], place)
+    return cls(**built)
