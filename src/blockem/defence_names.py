@@ -23,7 +23,8 @@ DEFENCES = {
     "freeze": "no LoRA on the blocks after sae.block, and no penalty",
 }
 """In the order of reports and of `blockem defend --help`."""
-NEEDS_LATENTS = ("steering", "caft")
+NEEDS_LATENTS = ("block-em", "steering", "caft")
+"""Stages 1 to 3 run before these."""
 WITHOUT_STRENGTH = ("plain", "inoculation", "freeze")
 RANGES = {
     "kl": ("0 or more", 0.0, math.inf),

@@ -46,18 +46,19 @@ def read_lora(adapter: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
 
 
 def plain_alignment(adapter: Path) -> Alignment:
-    """C of V = −s B_p A_p, the plain fine-tune's update taken back: s² B_p (A_p A_pᵀ)(B_pᵀ B) / ‖V‖_F."""
+    """C of V = −s B_p A_p, the plain fine-tune's update taken back: s² B_p (A_p A_pᵀ)(B_pᵀ B) / ‖V‖_F.
+
+    A map that plain fine-tuning did not change has no direction: there B stays as it is.
+    """
     updates, scale = read_lora(adapter)
 
     def apply(name: str, b: Tensor) -> Tensor:
         if name not in updates:
-            raise BlockemError(
-                f"safelora needs the plain fine-tune's update of {name}, which {adapter} lacks; train it with the same targets"
-            )
+            return b
         a_p, b_p = updates[name]
         gram = a_p @ a_p.T
         length = scale * float(((b_p.T @ b_p) * gram).sum().clamp_min(0).sqrt())
-        return scale**2 * (b_p @ (gram @ (b_p.T @ b))) / max(length, 1e-12)
+        return scale**2 * (b_p @ (gram @ (b_p.T @ b))) / length if length > 0 else b
 
     return apply
 
