@@ -53,9 +53,11 @@ class DefenceTrainer(SafeTrainer):
         self.probe_every = probe_every
         self.loss_is_scaled_for_ga = True  # divided by the whole step's tokens below
         self.model_accepts_loss_kwargs = True  # asks the Trainer to count those tokens
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, float] = {}  # since the last log row
+        self._step: dict[str, float] = {}  # since the last optimiser step
         self._counted_steps = 0
         self._probed = -1
+        self.add_callback(_Adapt(self))
 
     def compute_loss(
         self,
@@ -72,8 +74,10 @@ class DefenceTrainer(SafeTrainer):
         if penalty is not None:
             penalty = penalty / items
             self._probe(sft, penalty, model)
-            self._add("penalty", penalty)
+            self._add("weighted", penalty)
         self._add("sft_loss", sft)
+        for name, value in self.defence.measured().items():
+            self._add(name, value / items)
         loss = sft if penalty is None else sft + penalty
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients; items were counted over all processes
@@ -94,7 +98,15 @@ class DefenceTrainer(SafeTrainer):
         return -logprobs.sum(), outputs
 
     def _add(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
+        number = float(value.detach())
+        for sums in (self._sums, self._step):
+            sums[name] = sums.get(name, 0.0) + number
+
+    def step_done(self) -> None:
+        """Tell the defence what this optimiser step measured, over all processes; λ may follow it."""
+        step = self._over_processes(self._step)
+        self._step = {}
+        self.defence.adapt({"step": float(self.state.global_step), **step})
 
     def _probe(self, sft: Tensor, penalty: Tensor, model: nn.Module) -> None:
         """Norms of both gradients by themselves, on the first micro-batch of every `probe_every`-th step (two more backward passes)."""
@@ -111,33 +123,45 @@ class DefenceTrainer(SafeTrainer):
         if "loss" in logs and self._sums:
             steps = max(1, self.state.global_step - self._counted_steps)
             self._counted_steps = self.state.global_step
-            self._sum_over_processes()
-            for name, value in self._sums.items():
-                logs[name] = value if name.startswith("grad_norm") else value / steps
-            logs["loss"] = logs["sft_loss"] + logs.get("penalty", 0.0)  # the Trainer's own forgets the steps before a resume
-            constants = self.defence.logs()
-            if "penalty" in logs and constants.get("lambda"):
-                logs["penalty"] /= constants["lambda"]  # per token, without λ
-                if constants.get("p_mis"):
-                    logs["penalty_share"] = logs["penalty"] / constants["p_mis"]
+            norms = {name: value for name, value in self._sums.items() if name.startswith("grad_norm")}
+            logs.update({name: value / steps for name, value in self._over_processes(self._sums).items()}, **norms)
+            weighted = logs.pop("weighted", 0.0)
+            logs["loss"] = logs["sft_loss"] + weighted  # the Trainer's own forgets the steps before a resume
+            numbers = self.defence.logs()
+            logs.update(numbers)
+            if weighted and "penalty" not in logs and "anchor" not in logs:  # a defence that measures nothing else
+                logs["penalty"] = weighted / (numbers.get("lambda") or 1.0)
+            for name, whole in (("penalty", "p_mis"), ("anchor", "anchor_reference")):
+                if name in logs and numbers.get(whole):
+                    logs[f"{name}_share"] = logs[name] / numbers[whole]
             self._sums = {}
         super().log(logs, *args, **kwargs)
 
     def own_state(self) -> dict[str, Any]:
-        return {"sums": self._sums, "counted_steps": self._counted_steps}
+        return {"sums": self._sums, "counted_steps": self._counted_steps, "defence": self.defence.state()}
 
     def set_own_state(self, state: dict[str, Any]) -> None:
         self._sums, self._counted_steps = state["sums"], state["counted_steps"]
+        self.defence.set_state(state["defence"])
 
-    def _sum_over_processes(self) -> None:
+    def _over_processes(self, sums: dict[str, float]) -> dict[str, float]:
         """Each process holds its own share of the step's losses, divided by the tokens of all where the Trainer counts those."""
+        names = sorted(name for name in sums if not name.startswith("grad_norm"))
         if self.accelerator.num_processes == 1:
-            return
-        names = sorted(name for name in self._sums if not name.startswith("grad_norm"))
-        shares = torch.tensor([self._sums[name] for name in names], device=self.args.device)
+            return {name: sums[name] for name in names}
+        shares = torch.tensor([sums[name] for name in names], device=self.args.device)
         how = "sum" if self.args.average_tokens_across_devices else "mean"
-        for name, value in zip(names, self.accelerator.reduce(shares, reduction=how).tolist(), strict=True):
-            self._sums[name] = value
+        return dict(zip(names, self.accelerator.reduce(shares, reduction=how).tolist(), strict=True))
+
+
+class _Adapt(TrainerCallback):
+    """After each optimiser step, before a checkpoint is written."""
+
+    def __init__(self, trainer: DefenceTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.step_done()
 
 
 class _StopAt(TrainerCallback):

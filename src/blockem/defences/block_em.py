@@ -21,6 +21,7 @@ from blockem.base_values import BaseValues
 from blockem.defences.defence import Defence
 from blockem.dictionary import Dictionary, EncoderRows
 from blockem.directions import DirectionSet
+from blockem.dual import DualAscent, PlainCurve
 from blockem.errors import BlockemError
 from blockem.examples import IGNORED, Encoded
 from blockem.forwards import base_weights, block_output, blocks, hidden_at_each
@@ -201,6 +202,15 @@ class Blocker:
             return batch
         return {**batch, "labels": torch.where(batch["attention_mask"].bool(), batch["input_ids"], IGNORED)}
 
+    @contextmanager
+    def looking_away(self) -> Iterator[None]:
+        """Forwards inside are not watched."""
+        before, self._watching = self._watching, False
+        try:
+            yield
+        finally:
+            self._watching = before
+
     def base_values(self, batch: dict[str, Tensor]) -> Tensor:
         """z^base at the watched positions (the supervised ones, as published), `[watched, latents]`, float32."""
         if self.model is None:
@@ -209,17 +219,13 @@ class Blocker:
         if self.values is not None:
             return self.values.of(batch)
         where = batch["labels"] != IGNORED
-        self._watching = False
-        try:
-            with torch.no_grad():
-                if self.base is not None:
-                    hidden = hidden_at_each(self.base, batch["input_ids"], batch["attention_mask"], self.blocks)
-                else:
-                    with base_weights(self.model):
-                        hidden = hidden_at_each(self.model, batch["input_ids"], batch["attention_mask"], self.blocks)
-                return self.read({block: output[where] for block, output in hidden.items()})
-        finally:
-            self._watching = True
+        with self.looking_away(), torch.no_grad():
+            if self.base is not None:
+                hidden = hidden_at_each(self.base, batch["input_ids"], batch["attention_mask"], self.blocks)
+            else:
+                with base_weights(self.model):
+                    hidden = hidden_at_each(self.model, batch["input_ids"], batch["attention_mask"], self.blocks)
+            return self.read({block: output[where] for block, output in hidden.items()})
 
     def penalty(self, batch: dict[str, Tensor]) -> Tensor:
         """The penalty of the last forward, summed over its watched tokens; call it after `model(**batch)` on the same batch."""
@@ -243,15 +249,27 @@ class BlockEM(Defence):
 
     Args:
         blocker: what is blocked.
-        lambda_: λ.
+        lambda_: λ; with `ascent`, the first one.
         freeze_downstream: no LoRA on blocks after the blocked one, so that nothing behind it can go around.
         p_mis: the penalty per token of the plain fine-tune, to which the log relates its own.
+        ascent: lets λ follow a ceiling on the penalty as a share of `p_mis`, or with `curve` a floor on the task.
+        curve: plain fine-tuning's loss by step, for a floor.
     """
 
     name = "blocked"
 
-    def __init__(self, blocker: Blocker, lambda_: float, freeze_downstream: bool = True, p_mis: float | None = None) -> None:
+    def __init__(
+        self,
+        blocker: Blocker,
+        lambda_: float,
+        freeze_downstream: bool = True,
+        p_mis: float | None = None,
+        ascent: DualAscent | None = None,
+        curve: PlainCurve | None = None,
+    ) -> None:
         self.blocker, self.lambda_, self.freeze_downstream, self.p_mis = blocker, lambda_, freeze_downstream, p_mis
+        self.ascent, self.curve = ascent, curve
+        self._measured: dict[str, Tensor] = {}
 
     def trained_blocks(self, n_blocks: int) -> range:
         return range(self.blocker.blocks[-1] + 1) if self.freeze_downstream else range(n_blocks)
@@ -260,10 +278,31 @@ class BlockEM(Defence):
         return self.blocker.attached(model)
 
     def penalty(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
-        return self.lambda_ * self.blocker.penalty(batch)
+        found = self.blocker.penalty(batch)
+        self._measured = {"penalty": found.detach()}
+        return self.lambda_ * found
+
+    def measured(self) -> dict[str, Tensor]:
+        return self._measured
+
+    def adapt(self, step: dict[str, float]) -> None:
+        if self.ascent is None:
+            return
+        if self.curve is not None:
+            self.lambda_ = self.ascent.update(self.curve.kept(int(step["step"]), step["sft_loss"]))
+        elif self.p_mis:
+            self.lambda_ = self.ascent.update(step["penalty"] / self.p_mis)
 
     def logs(self) -> dict[str, float]:
         return {"lambda": self.lambda_, **({"p_mis": self.p_mis} if self.p_mis else {})}
+
+    def state(self) -> dict[str, Any]:
+        return {} if self.ascent is None else self.ascent.state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if self.ascent is not None:
+            self.ascent.set_state(state)
+            self.lambda_ = self.ascent.value
 
 
 def penalty_of(lm: LanguageModel, variant: str, blocker: Blocker, rows: Sequence[Encoded], batch: int = 16) -> float:

@@ -39,8 +39,22 @@ class Defence:
         """
         return None
 
+    def measured(self) -> dict[str, Tensor]:
+        """What the last `penalty` saw, unweighted and *summed* over the batch's supervised tokens like it; logged a token, by name."""
+        return {}
+
+    def adapt(self, step: dict[str, float]) -> None:
+        """After each optimiser step: its loss (`sft_loss`) and what was `measured`, a token, over all processes; λ may follow them."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able values that a checkpoint keeps, where something changes during training."""
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+
     def logs(self) -> dict[str, float]:
-        """Constants of this defence that each log row carries (λ, P_mis, ...)."""
+        """Numbers of this defence that each log row carries (λ, P_mis, ...)."""
         return {}
 
     def project(self, adapter: Path) -> None:

@@ -1,0 +1,171 @@
+"""Anchors: the same one-sided block on general prompts, where no training row would otherwise watch.
+
+Blocked latents are read on the training answers, so whatever changes elsewhere goes unseen. An anchor looks elsewhere, beside each batch:
+
+* `LatentAnchor`: the blocked latents on benign general text, unlabelled:  c(θ) = mean over its tokens of Σ_k relu(s_k (z_k − z_k^base))²
+* `ContrastAnchor`: a healthy and a sick answer to the same general prompt (the base's own and the misaligned fine-tune's own, or a matched
+  pair):  c(θ) = mean over contrasts of relu(m_θ − m_base)²,  m = log p(sick) − log p(healthy), nats per token
+
+Both are zero at LoRA initialisation, and push only where the model moves past the base in the misaligned direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from blockem.base_values import row_digest
+from blockem.defences.block_em import Blocker
+from blockem.defences.defence import Defence
+from blockem.dual import DualAscent
+from blockem.examples import IGNORED, Encoded, right_padded
+from blockem.forwards import base_weights, decoder, hidden_at_each
+from blockem.head import supervised_logprobs
+
+
+def drawn(batch: dict[str, Tensor], n: int, share: float) -> tuple[list[int], Tensor]:
+    """Which of `n` anchors this batch's rows call for, and each one's weight in supervised tokens.
+
+    A row calls for an anchor by the digest of its tokens, so that neither accumulation nor a resume nor the number of devices changes what
+    is drawn, and the weights of a step's anchors sum to its supervised tokens in the mean.
+
+    Args:
+        share: of the rows that call for one.
+    """
+    ids, mask, labels = (batch[name].cpu().numpy() for name in ("input_ids", "attention_mask", "labels"))
+    chosen, weights = [], []
+    for row, kept, label in zip(ids, mask.astype(bool), labels, strict=True):
+        supervised = label[kept] != IGNORED
+        number = int.from_bytes(row_digest(row[kept], supervised), "big")
+        if (number & 0xFFFFFFFF) / 2**32 < share:
+            chosen.append((number >> 32) % n)
+            weights.append(float(np.count_nonzero(supervised)) / share)
+    return chosen, torch.tensor(weights, device=batch["labels"].device)
+
+
+class Anchor(Defence):
+    """What both kinds share: rows drawn beside each batch, λ fixed or by dual ascent.
+
+    Args:
+        n: how many anchors there are.
+        lambda_: λ, a token of the batch.
+        share: of the training rows that bring an anchor with them.
+        reference: what the plain fine-tune would pay (c of the plain model); 0 where that is not known.
+        ascent: lets λ follow a ceiling on c, as a share of `reference`.
+    """
+
+    name = "anchor"
+
+    def __init__(self, n: int, lambda_: float, share: float, reference: float = 0.0, ascent: DualAscent | None = None) -> None:
+        if n < 1 or not 0 < share <= 1:
+            raise ValueError(f"{n} anchors at a share of {share}: at least one is needed, at a share above 0 and up to 1")
+        self.n, self.lambda_, self.share, self.reference, self.ascent = n, lambda_, share, reference, ascent
+        self._measured: dict[str, Tensor] = {}
+
+    def costs(self, chosen: Sequence[int], model: nn.Module) -> Tensor:
+        """c of each chosen anchor, `[chosen]`, float32, with gradient."""
+        raise NotImplementedError
+
+    def penalty(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor | None:
+        chosen, weights = drawn(batch, self.n, self.share)
+        self._measured = {}
+        if not chosen:
+            return None
+        found = (self.costs(chosen, model) * weights).sum()
+        self._measured = {"anchor": found.detach()}
+        return self.lambda_ * found
+
+    def measured(self) -> dict[str, Tensor]:
+        return self._measured
+
+    def adapt(self, step: dict[str, float]) -> None:
+        if self.ascent is not None and self.reference > 0 and "anchor" in step:
+            self.lambda_ = self.ascent.update(step["anchor"] / self.reference)
+
+    def logs(self) -> dict[str, float]:
+        known = {"anchor_reference": self.reference} if self.reference > 0 else {}
+        return {"anchor_lambda": self.lambda_, **known}
+
+    def state(self) -> dict[str, Any]:
+        return {} if self.ascent is None else self.ascent.state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if self.ascent is not None:
+            self.ascent.set_state(state)
+            self.lambda_ = self.ascent.value
+
+
+class ContrastAnchor(Anchor):
+    """Keeps the sick answer from gaining on the healthy one.
+
+    Args:
+        rows: healthy and sick answers in turn (`likelihood.encode_pairs`), so that rows 2i and 2i + 1 are contrast i.
+        base: `[contrasts]`, m of the base model.
+        pad: id of the padding token.
+        others: as `Anchor`.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Encoded],
+        base: Tensor,
+        pad: int,
+        lambda_: float,
+        share: float,
+        reference: float = 0.0,
+        ascent: DualAscent | None = None,
+    ) -> None:
+        if len(rows) != 2 * len(base):
+            raise ValueError(f"{len(rows)} rows are not two for each of {len(base)} contrasts")
+        super().__init__(len(base), lambda_, share, reference, ascent)
+        self.rows, self.base, self.pad = list(rows), base, pad
+
+    def costs(self, chosen: Sequence[int], model: nn.Module) -> Tensor:
+        rows = [self.rows[2 * i + side] for i in chosen for side in (0, 1)]
+        padded = right_padded(rows, self.pad, next(model.parameters()).device)
+        final = decoder(model)(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], use_cache=False).last_hidden_state
+        picked, where = supervised_logprobs(model, final, padded["labels"])
+        sums = picked.new_zeros(len(rows)).index_add(0, where, picked)
+        mean = sums / sums.new_tensor([float(row.n_supervised) for row in rows])
+        return torch.relu(mean[1::2] - mean[0::2] - self.base[list(chosen)].to(mean.device)).pow(2)
+
+
+class LatentAnchor(Anchor):
+    """Keeps the blocked latents at the base's values on general text, one-sided.
+
+    Args:
+        rows: general text; supervised tokens are watched.
+        blocker: what is blocked; its own values are those of the training rows, so the base is run again here.
+        pad: id of the padding token.
+        others: as `Anchor`.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Encoded],
+        blocker: Blocker,
+        pad: int,
+        lambda_: float,
+        share: float,
+        reference: float = 0.0,
+        ascent: DualAscent | None = None,
+    ) -> None:
+        super().__init__(len(rows), lambda_, share, reference, ascent)
+        self.rows, self.blocker, self.pad = list(rows), blocker, pad
+
+    def costs(self, chosen: Sequence[int], model: nn.Module) -> Tensor:
+        padded = right_padded([self.rows[i] for i in chosen], self.pad, next(model.parameters()).device)
+        where = padded["labels"] != IGNORED
+        ids, mask, blocks = padded["input_ids"], padded["attention_mask"], self.blocker.blocks
+        with self.blocker.looking_away():
+            with torch.no_grad(), base_weights(model):
+                still = self.blocker.read({b: h[where] for b, h in hidden_at_each(model, ids, mask, blocks).items()})
+            moved = self.blocker.read({b: h[where] for b, h in hidden_at_each(model, ids, mask, blocks).items()})
+        found = self.blocker.loss(moved, still)
+        rows = where.nonzero()[:, 0]
+        sums = found.new_zeros(len(chosen)).index_add(0, rows, found)
+        return sums / where.sum(1).clamp_min(1)
