@@ -206,6 +206,10 @@ class BlockConfig:
     """Instead of latents, block the plain fine-tune's mean shift (one-sided) and so many leading directions around it (both sides)."""
     direction_blocks: tuple[int, ...] = ()
     """Blocks to do that at; empty: every fourth block."""
+    ceiling: float | None = None
+    """Let λ follow during training: so much of the penalty that plain fine-tuning would pay is allowed, such as 0.01."""
+    floor: float | None = None
+    """Or: as much λ as leaves this share of what plain fine-tuning learns, such as 0.9."""
     base_values: str = "cached"
     """`cached`: the base's latents are computed once, before training, and kept; `online`: anew each step, for data seen once."""
     select: str = "causal"
@@ -224,6 +228,13 @@ class BlockConfig:
         need(not self.directions or self.control == "none", "block.control=random draws latents; it does not go with block.directions")
         need(self.base_values in ("cached", "online"), f"block.base_values is {self.base_values!r}; use cached or online")
         need(self.lambda_ is None or self.lambda_ >= 0, f"block.lambda_ is {self.lambda_}; it must not be negative")
+        need(self.ceiling is None or self.ceiling > 0, f"block.ceiling is {self.ceiling}; it must be positive")
+        need(self.floor is None or 0 < self.floor < 1, f"block.floor is {self.floor}; it is a share of the task, between 0 and 1")
+        need(self.ceiling is None or self.floor is None, "block.ceiling and block.floor both steer λ; set one of them")
+        need(
+            self.lambda_ != 0 or (self.ceiling or self.floor) is None,
+            "block.lambda_ is 0, which no ceiling or floor can raise; leave it out",
+        )
         need(self.measure in ("latent", "preactivation"), f"block.measure is {self.measure!r}; use latent or preactivation")
         need(
             self.select in ("causal", "top-delta", "induce", "repair"),
@@ -279,6 +290,40 @@ class DefenceConfig:
 
 
 @dataclass(frozen=True)
+class AnchorConfig:
+    """The same one-sided block on general prompts, beside the training rows."""
+
+    on: str = "none"
+    """`none`; `answers`: what base and plain fine-tune themselves say to the selection prompts; `pairs`: the selection pairs; `both`; or
+    `latents`: the blocked latents on benign chat."""
+    share: float = 0.25
+    """Share of the training rows that bring an anchor with them."""
+    lambda_: float | None = None
+    """Its λ; empty: by the rule λ = r · ΔSFT / (what plain fine-tuning would pay)."""
+    r: float = 3.0
+    """The rule's ratio."""
+    ceiling: float | None = None
+    """Let λ follow: so much of what plain fine-tuning would pay is allowed, such as 0.05."""
+    keep: int = 0
+    """Beside the anchors, hold the selection pairs of the training domain, so many times each, at what plain fine-tuning reaches there."""
+    max_new_tokens: int = 48
+    """Length of the two models' own answers."""
+
+    def __post_init__(self) -> None:
+        kinds = ("none", "answers", "pairs", "both", "latents")
+        need(self.on in kinds, f"anchor.on is {self.on!r}; use one of {', '.join(kinds)}")
+        need(0 < self.share <= 1, f"anchor.share is {self.share}; it is a share of the rows, above 0 and up to 1")
+        need(self.lambda_ is None or self.lambda_ > 0, f"anchor.lambda_ is {self.lambda_}; it must be positive")
+        need(self.r > 0, f"anchor.r is {self.r}; it must be positive")
+        need(self.ceiling is None or self.ceiling > 0, f"anchor.ceiling is {self.ceiling}; it must be positive")
+        need(self.keep >= 0, f"anchor.keep is {self.keep}; it must not be negative")
+        need(
+            not self.keep or self.on not in ("none", "latents"), "anchor.keep holds pairs, so it goes with anchor.on=answers, pairs or both"
+        )
+        need(self.max_new_tokens > 0, "anchor.max_new_tokens must be positive")
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """What is measured on base, plain and blocked."""
 
@@ -313,6 +358,7 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     discover: DiscoverConfig = field(default_factory=DiscoverConfig)
     block: BlockConfig = field(default_factory=BlockConfig)
+    anchor: AnchorConfig = field(default_factory=AnchorConfig)
     defence: DefenceConfig = field(default_factory=DefenceConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 

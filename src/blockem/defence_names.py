@@ -10,6 +10,7 @@ BLOCK_EM = "block-em"
 DEFENCES = {
     "plain": "no defence: plain fine-tuning, what all others are compared with",
     "block-em": "a one-sided penalty on the causal latents (settings under block.*)",
+    "anchor": "the one-sided block on general prompts alone, without latents (settings under anchor.*)",
     "kl": "a penalty on the divergence of the answers' token distributions from the base's; strength: its weight",
     "ldifs": "a penalty on the distance of every fifth block's output from the base's; strength: its weight",
     "interleaving": "benign chat rows mixed into the training rows; strength: their share of all rows",
@@ -25,7 +26,7 @@ DEFENCES = {
 """In the order of reports and of `blockem defend --help`."""
 NEEDS_LATENTS = ("block-em", "steering", "caft")
 """Stages 1 to 3 run before these."""
-WITHOUT_STRENGTH = ("plain", "inoculation", "freeze")
+WITHOUT_STRENGTH = ("plain", "anchor", "inoculation", "freeze")
 RANGES = {
     "kl": ("0 or more", 0.0, math.inf),
     "ldifs": ("0 or more", 0.0, math.inf),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockem import bundled
+from blockem.anchoring import anchor_key, contrast_step, make_anchor
 from blockem.errors import BlockemError
 from blockem.session import STEERING, Session, adapter_key, timed
 from blockem.store import content_key, disk_errors, file_key, read_json
@@ -35,6 +36,7 @@ def defend_step(session: Session) -> dict[str, Any]:
     steps: dict[str, Callable[[Session], dict[str, Any]]] = {
         "plain": sft_step,
         "block-em": block_step,
+        "anchor": _anchored,
         "kl": _penalised,
         "ldifs": _penalised,
         "interleaving": _interleaving,
@@ -98,6 +100,31 @@ def _train(session: Session, make: Callable[[Session, Sequence[Any]], Defence], 
         return make(session, rows), {"defence": config.name, "strength": config.set_strength}
 
     return train_step(session, config.name, _key(session, *parts), made, **options)
+
+
+def _anchored(session: Session) -> dict[str, Any]:
+    """The anchor without any latents; λ by its own rule against the plain fine-tune."""
+    config, plain = session.recipe.anchor, session.run / "plain"
+    if config.on in ("none", "latents"):
+        raise BlockemError(f"anchor.on is {config.on}; the defence anchor needs contrasts: set anchor.on=answers, pairs or both")
+    if config.on in ("answers", "both"):
+        contrast_step(session)
+
+    def made(session: Session, rows: Sequence[Any]) -> Made:
+        from blockem.likelihood import completion_losses
+
+        lm = session.lm
+        lm.drop_adapters()
+        lm.add_adapter(plain, "plain")
+        losses = {}
+        for variant in ("base", "plain"):
+            with lm.variant(variant):
+                loss, tokens = completion_losses(lm, rows[: session.recipe.block.rule_rows])
+                losses[variant] = float(loss.sum() / tokens.sum())
+        defence, facts = make_anchor(session, plain, losses["base"] - losses["plain"], None)
+        return defence, {"defence": "anchor", "strength": None, **facts}
+
+    return train_step(session, "anchor", _key(session, anchor_key(session, plain)), made)
 
 
 def _penalised(session: Session) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockem import bundled
+from blockem.anchoring import anchor_key, contrast_step, make_anchor
 from blockem.errors import BlockemError
 from blockem.session import Session, adapter_key, existing, timed
 from blockem.store import claim_scratch, content_key, file_key, write_jsonl
@@ -15,6 +17,7 @@ from blockem.store import claim_scratch, content_key, file_key, write_jsonl
 if TYPE_CHECKING:
     from blockem.config import TrainConfig
     from blockem.defences.block_em import Blocker
+    from blockem.dual import DualAscent, PlainCurve
     from blockem.examples import Example
     from blockem.latents import LatentSet
 
@@ -92,6 +95,8 @@ def block_step(session: Session, latents_file: Path | None = None, misaligned: P
         raise BlockemError(
             f"{deltas_file}: no such file; the matched control needs the activation frequencies that `blockem discover` writes"
         )
+    if recipe.anchor.on in ("answers", "both"):
+        contrast_step(session, adapter)
     extra = content_key(
         "" if latents is None else file_key(path),
         "" if latents is None else session.sae_key,
@@ -99,10 +104,12 @@ def block_step(session: Session, latents_file: Path | None = None, misaligned: P
         adapter_key(adapter) if by_rule or latents is None else "",
         file_key(deltas_file) if name == "random" else "",
         file_key(existing(str(session.run / "latents.csv"))) if config.select != "causal" else "",
+        anchor_key(session, adapter),
     )
 
     def make(session: Session, rows: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
         from blockem.defences.block_em import BlockEM, penalty_of, portable_lambda
+        from blockem.defences.together import Together
         from blockem.likelihood import completion_losses
 
         lm = session.lm
@@ -125,8 +132,8 @@ def block_step(session: Session, latents_file: Path | None = None, misaligned: P
             "n_latents": len(blocker.signs),
             "blocks": blocker.blocks,
         }
+        losses: dict[str, float] = {}
         if "plain" in getattr(lm.model, "peft_config", {}):
-            losses = {}
             for variant in ("base", "plain"):
                 with lm.variant(variant):
                     loss, tokens = completion_losses(lm, sample)
@@ -139,9 +146,38 @@ def block_step(session: Session, latents_file: Path | None = None, misaligned: P
         if config.base_values == "cached":
             facts["base_values_seconds"] = _keep_base_values(session, name, blocker, rows)
         session.console.say(f"  λ = {facts['lambda']:.4g} ({facts['rule']}), {what}")
-        return BlockEM(blocker, facts["lambda"], config.freeze_downstream, facts["p_mis"]), facts
+        ascent, curve = _ascent(session, facts, losses.get("base"))
+        defence = BlockEM(blocker, facts["lambda"], config.freeze_downstream, facts["p_mis"], ascent, curve)
+        if recipe.anchor.on == "none":
+            return defence, facts
+        anchor, facts["anchor"] = make_anchor(session, adapter, facts["delta_sft"] or 0.0, blocker)
+        return Together([defence, anchor]), facts
 
     return train_step(session, name, extra, make)
+
+
+def _ascent(session: Session, facts: dict[str, Any], start: float | None) -> tuple[DualAscent | None, PlainCurve | None]:
+    """What lets λ follow a ceiling or a floor, where the recipe states one; `facts` then say so.
+
+    Args:
+        start: the base's loss per token on training rows.
+    """
+    from blockem.dual import DualAscent, PlainCurve
+
+    config = session.recipe.block
+    target = config.ceiling or config.floor
+    if target is None:
+        return None, None
+    if not facts["lambda"] > 0 or start is None or not facts["p_mis"]:
+        raise BlockemError("a λ that follows needs the plain fine-tune, to see what it gains and would pay; run `blockem sft` first")
+    facts["target"] = {"ceiling": config.ceiling} if config.ceiling else {"floor": config.floor}
+    curve = None
+    if config.floor:
+        path = session.run / "training-plain.jsonl"
+        if not path.is_file():
+            raise BlockemError(f"{path}: no such file; block.floor compares with plain fine-tuning's own losses, run `blockem sft` first")
+        curve = PlainCurve(start, [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    return DualAscent(facts["lambda"], target, floor=config.floor is not None), curve
 
 
 def _latent_blocker(session: Session, latents: LatentSet, name: str, deltas_file: Path) -> tuple[Blocker, str]:

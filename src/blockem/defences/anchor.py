@@ -6,7 +6,8 @@ Blocked latents are read on the training answers, so whatever changes elsewhere 
 * `ContrastAnchor`: a healthy and a sick answer to the same general prompt (the base's own and the misaligned fine-tune's own, or a matched
   pair):  c(θ) = mean over contrasts of relu(m_θ − m_base)²,  m = log p(sick) − log p(healthy), nats per token
 
-Both are zero at LoRA initialisation, and push only where the model moves past the base in the misaligned direction.
+Both are zero at LoRA initialisation (but for pairs of the task, which is not learnt yet), and push only where the model moves past the base
+in the misaligned direction.
 """
 
 from __future__ import annotations
@@ -104,25 +105,29 @@ class ContrastAnchor(Anchor):
 
     Args:
         rows: healthy and sick answers in turn (`likelihood.encode_pairs`), so that rows 2i and 2i + 1 are contrast i.
-        base: `[contrasts]`, m of the base model.
+        bound: `[contrasts]`, nats per token: m of the base model.
         pad: id of the padding token.
+        sides: `[contrasts]`: positive where m may not rise above the bound, negative where it may not fall below it (pairs of the task
+            itself, bounded by what plain fine-tuning reaches there); its size scales what lies beyond. None: +1 everywhere.
         others: as `Anchor`.
     """
 
     def __init__(
         self,
         rows: Sequence[Encoded],
-        base: Tensor,
+        bound: Tensor,
         pad: int,
         lambda_: float,
         share: float,
         reference: float = 0.0,
         ascent: DualAscent | None = None,
+        sides: Tensor | None = None,
     ) -> None:
-        if len(rows) != 2 * len(base):
-            raise ValueError(f"{len(rows)} rows are not two for each of {len(base)} contrasts")
-        super().__init__(len(base), lambda_, share, reference, ascent)
-        self.rows, self.base, self.pad = list(rows), base, pad
+        if len(rows) != 2 * len(bound):
+            raise ValueError(f"{len(rows)} rows are not two for each of {len(bound)} contrasts")
+        super().__init__(len(bound), lambda_, share, reference, ascent)
+        self.rows, self.bound, self.pad = list(rows), bound, pad
+        self.sides = torch.ones(len(bound)) if sides is None else sides
 
     def costs(self, chosen: Sequence[int], model: nn.Module) -> Tensor:
         rows = [self.rows[2 * i + side] for i in chosen for side in (0, 1)]
@@ -131,7 +136,8 @@ class ContrastAnchor(Anchor):
         picked, where = supervised_logprobs(model, final, padded["labels"])
         sums = picked.new_zeros(len(rows)).index_add(0, where, picked)
         mean = sums / sums.new_tensor([float(row.n_supervised) for row in rows])
-        return torch.relu(mean[1::2] - mean[0::2] - self.base[list(chosen)].to(mean.device)).pow(2)
+        bound, sides = (one[list(chosen)].to(mean.device) for one in (self.bound, self.sides))
+        return torch.relu(sides * (mean[1::2] - mean[0::2] - bound)).pow(2)
 
 
 class LatentAnchor(Anchor):

@@ -1,0 +1,162 @@
+"""The anchor of a training: what it watches beside the training rows, and with which λ. From the run's files to `defences.anchor`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blockem import bundled
+from blockem.errors import BlockemError
+from blockem.session import Session, adapter_key, timed
+from blockem.store import content_key, file_key
+
+if TYPE_CHECKING:
+    from blockem.bundled import Pair, Prompt
+    from blockem.defences.anchor import Anchor
+    from blockem.defences.block_em import Blocker
+    from blockem.examples import Encoded
+
+CONTRASTS = "contrasts.jsonl"
+
+
+def anchor_prompts(session: Session) -> list[Prompt]:
+    """What the contrasts' two models are asked: the selection prompts and those of the selection pairs, outside the training domain."""
+    from blockem.bundled import Prompt
+
+    asked = {p.prompt: p for p in session.selection_prompts()}
+    for number, pair in enumerate(session.selection_pairs()):
+        asked.setdefault(pair.prompt, Prompt(f"pair-{number:03d}", pair.prompt, pair.domain))
+    return list(asked.values())
+
+
+def contrast_step(session: Session, misaligned: Path | None = None) -> dict[str, Any]:
+    """Let the base and the misaligned adapter (default: the run's own `plain`) answer the selection prompts; writes `contrasts.jsonl`."""
+    from blockem import contrasts
+
+    recipe = session.recipe
+    adapter = misaligned or session.run / "plain"
+    prompts = anchor_prompts(session)
+    asked = [[p.prompt, p.domain] for p in prompts]
+    key = content_key("contrasts", session.model_key, adapter_key(adapter), asked, recipe.anchor.max_new_tokens)
+
+    def work() -> dict[str, Any]:
+        lm = session.lm
+        lm.drop_adapters()
+        lm.add_adapter(adapter, "plain")
+        session.console.start("contrasts: answers")
+        found = contrasts.own_contrasts(lm, "plain", prompts, recipe.anchor.max_new_tokens, session.console.bar)
+        lm.drop_adapters()
+        contrasts.save(session.run / CONTRASTS, found)
+        return {"contrasts": len(found)}
+
+    return timed(session, "contrasts", key, [CONTRASTS], work)
+
+
+def anchor_key(session: Session, adapter: Path) -> str:
+    """What the anchor of a training depends on; nothing without one."""
+    from dataclasses import asdict
+
+    config = session.recipe.anchor
+    if config.on == "none":
+        return ""
+    parts: list[Any] = [asdict(config), adapter_key(adapter)]
+    if config.on in ("answers", "both"):
+        parts.append(file_key(session.run / CONTRASTS))
+    if config.on in ("pairs", "both"):
+        parts.append([[p.prompt, p.right, p.wrong] for p in session.selection_pairs()])
+    if config.keep:
+        parts.append([[p.prompt, p.right, p.wrong] for p in task_pairs(session)])
+    if config.on == "latents":
+        parts.append([row.messages for row in bundled.general_chat("train")])
+    return content_key(*parts)
+
+
+def task_pairs(session: Session) -> list[Pair]:
+    """Selection pairs of the training domain: what the task shall still teach."""
+    data = session.recipe.data
+    return [p for p in bundled.pairs(data.pairs) if p.split == "select" and p.domain == data.domain]
+
+
+def make_anchor(session: Session, adapter: Path, delta_sft: float, blocker: Blocker | None) -> tuple[Anchor, dict[str, Any]]:
+    """The anchor of the recipe, and what its step record says of it.
+
+    Args:
+        adapter: the plain fine-tune, against which c and λ are measured.
+        delta_sft: nats per token that it gained on the training rows.
+        blocker: what is blocked, for `anchor.on: latents`.
+
+    Raises:
+        BlockemError: there is nothing to watch, or plain fine-tuning moves nothing there.
+    """
+    from blockem.defences.anchor import LatentAnchor
+    from blockem.defences.block_em import penalty_of, portable_lambda
+    from blockem.dual import DualAscent
+    from blockem.examples import encode_all
+
+    lm, config = session.lm, session.recipe.anchor
+    pad = lm.tokenizer.pad_token_id
+    rows: Sequence[Encoded]
+    lm.drop_adapters()
+    lm.add_adapter(adapter, "plain")
+    if config.on == "latents":
+        if blocker is None:
+            raise BlockemError("anchor.on=latents watches blocked latents, and none are blocked here; use anchor.on=answers")
+        rows, _ = encode_all(lm.tokenizer, bundled.general_chat("train"), session.recipe.data.max_tokens)
+        reference = penalty_of(lm, "plain", blocker, rows)
+        lm.drop_adapters()
+        lambda_ = config.lambda_ if config.lambda_ is not None else portable_lambda(config.r, delta_sft, reference)
+        ascent = DualAscent(lambda_, config.ceiling) if config.ceiling else None
+        anchor: Anchor = LatentAnchor(rows, blocker, pad, lambda_, config.share, reference, ascent)
+    else:
+        anchor = _contrast_anchor(session, delta_sft)
+    facts = {"on": config.on, "n": anchor.n, "lambda": anchor.lambda_, "reference": anchor.reference, "share": config.share}
+    session.console.say(f"  anchor: λ = {anchor.lambda_:.4g} on {anchor.n} {'texts' if config.on == 'latents' else 'contrasts'}")
+    return anchor, facts
+
+
+def _contrast_anchor(session: Session, delta_sft: float) -> Anchor:
+    """Contrasts of one kind weigh alike: each kind in units of what plain fine-tuning would pay on it, so that c of the plain one is 1."""
+    import torch
+
+    from blockem import contrasts
+    from blockem.defences.anchor import ContrastAnchor
+    from blockem.defences.block_em import portable_lambda
+    from blockem.dual import DualAscent
+    from blockem.likelihood import completion_logprobs, encode_pairs, margins
+
+    lm, config = session.lm, session.recipe.anchor
+    kinds: list[list[Pair]] = []
+    if config.on in ("answers", "both"):
+        kinds.append(contrasts.load(session.run / CONTRASTS))
+    if config.on in ("pairs", "both"):
+        kinds.append(session.selection_pairs())
+    task = task_pairs(session)
+    if config.keep and not task:
+        raise BlockemError(
+            f"anchor.keep holds selection pairs of {session.recipe.data.domain}, and there are none; give data.pairs, or leave it out"
+        )
+    session.console.start("anchor: contrasts")
+    rows, bounds, sides = [], [], []
+    for number, kind in enumerate([*kinds, task] if config.keep else kinds):
+        encoded = encode_pairs(lm, kind, session.recipe.data.max_tokens)
+        measured = {}
+        for variant in ("base", "plain"):
+            with lm.variant(variant):
+                measured[variant] = margins(completion_logprobs(lm, encoded))
+        session.console.bar(number + 1, len(kinds) + bool(config.keep))
+        rise = measured["plain"] - measured["base"]
+        held = kind is task
+        paid = float(torch.relu(rise).pow(2).mean())
+        if not paid > 0:
+            raise BlockemError(
+                "plain fine-tuning makes none of the sick answers likelier, so there is nothing to anchor; leave anchor.on out"
+            )
+        times = config.keep if held else 1
+        rows += encoded * times
+        bounds.append(measured["plain" if held else "base"].repeat(times))
+        sides.append(torch.full_like(rise, (-1 if held else 1) * paid**-0.5).repeat(times))
+    lm.drop_adapters()
+    lambda_ = config.lambda_ if config.lambda_ is not None else portable_lambda(config.r, delta_sft, 1.0)
+    ascent = DualAscent(lambda_, config.ceiling) if config.ceiling else None
+    return ContrastAnchor(rows, torch.cat(bounds), lm.tokenizer.pad_token_id, lambda_, config.share, 1.0, ascent, torch.cat(sides))
