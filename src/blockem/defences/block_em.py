@@ -257,7 +257,7 @@ def penalty_of(lm: LanguageModel, variant: str, blocker: Blocker, rows: Sequence
 
 
 def portable_lambda(r: float, delta_sft: float, p_mis: float) -> float:
-    """λ = r · ΔSFT / P_mis, to four digits: the scale of λ belongs to the SAE, this ratio does not.
+    """λ = r · ΔSFT / P_mis, to three digits: the scale of λ belongs to the SAE, this ratio does not.
 
     The last digits of ΔSFT and P_mis may differ between two processes (docs/LOG.md); rounded, a training that goes on after a kill has the
     same λ as one that nobody disturbed.
@@ -272,4 +272,4 @@ def portable_lambda(r: float, delta_sft: float, p_mis: float) -> float:
             "plain fine-tuning moves none of the blocked latents (P_mis is 0): there is nothing to block; "
             "discover again, or set block.lambda_"
         )
-    return float(f"{r * max(delta_sft, 0.0) / p_mis:.4g}")
+    return float(f"{r * max(delta_sft, 0.0) / p_mis:.3g}")
