@@ -40,7 +40,7 @@ def model(lm: LanguageModel) -> Iterator[Any]:
 
 
 def outputs(model: Any, batch: Batch) -> Any:
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
 
 def gradients(loss: torch.Tensor, model: Any) -> list[torch.Tensor]:
