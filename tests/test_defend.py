@@ -250,3 +250,22 @@ def test_the_help_lists_every_defence_and_a_wrong_one_is_one_sentence(tmp_path: 
         check=False,
     )
     assert done.returncode == 2 and "defence.name is 'vaccine'; use one of plain" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_block_em_trains_under_its_ablations(session: Session) -> None:
+    from blockem.discovery.discover import write_candidates
+    from blockem.discovery.screen import Candidate
+
+    table = [Candidate(k, 1 if k % 2 else -1, (1 if k % 2 else -1) * k / 10, fate="candidate") for k in (1, 4, 9, 20)]
+    found = {}
+    for changes in ({}, {"select": "top-delta", "size": 2, "signs": "shuffled", "two_sided": True, "tokens": "all"}):
+        write_candidates(session.run / "latents.csv", table)
+        other = replace(session, recipe=replace(session.recipe, block=replace(session.recipe.block, rule_rows=4, **changes)))
+        other.__dict__.update({name: session.__dict__[name] for name in ("lm", "dictionary")})
+        result = defend_step(other)
+        found[len(changes)] = read_json(session.run / "blocked-latents.json")["latents"], result
+        assert result["lambda"] > 0 and result["n_latents"] == len(found[len(changes)][0])
+    assert [one["latent"] for one in found[0][0]] == [3, 7, 11, 19]
+    assert [one["latent"] for one in found[5][0]] == [20, 9]
+    log = [json.loads(line) for line in (session.run / "training-blocked.jsonl").read_text().splitlines()]
+    assert log[0]["penalty"] == 0.0 and log[-1]["penalty"] > 0
