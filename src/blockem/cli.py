@@ -12,6 +12,7 @@ import typer
 
 from blockem.cli_options import AsJson, Quiet
 from blockem.data_cli import data_app
+from blockem.defend_cli import add_defend
 from blockem.errors import BlockemError
 from blockem.judge_cli import judge_app
 from blockem.sae_cli import sae_app
@@ -153,7 +154,10 @@ def run(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Every stage of a recipe: check the SAE, plain SFT, discover, block, evaluate, report."""
+    """Every stage of a recipe: check the SAE, plain SFT, discover, block, evaluate, report.
+
+    With --set defence.name=NAME under another defence (`blockem defend --help` lists them) instead of blocking.
+    """
     _run(recipe, out, dict(locals()), sets)
 
 
@@ -237,6 +241,9 @@ def block_command(
     _stage(recipe, out, dict(locals()), chosen, lambda session: block_step(session, latents, misaligned))
 
 
+add_defend(app, _stage)
+
+
 @app.command()
 def evaluate(
     recipe: RecipeFile = None,
@@ -253,7 +260,7 @@ def evaluate(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare base, plain and blocked: preference, margin, losses and sampled answers; writes OUT/evaluation.json and OUT/answers.jsonl."""
+    """Compare base, plain and every defended model: preference, margin, losses, sampled answers; writes OUT/evaluation.json."""
     from blockem.pipeline import evaluate_step
     from blockem.store import read_json
 

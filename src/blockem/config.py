@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from blockem.config_values import build, need, plain
+from blockem.defence_names import check_strength
 from blockem.errors import BlockemError
 
 
@@ -104,6 +105,8 @@ class TrainConfig:
     probe_every: int = 20
     """Measure both gradient norms every so many steps (0: never)."""
     checkpoint_every: int = 25
+    stop_after: float = 1.0
+    """Stop after this share of the steps; the schedule stays that of all of them."""
     report_to: str = "none"
     """The Trainer's own: none, tensorboard, wandb, trackio, ..."""
 
@@ -111,6 +114,7 @@ class TrainConfig:
         for name in ("lora_r", "lora_alpha", "batch_size", "micro_batch", "log_every", "checkpoint_every"):
             need(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; it must be positive")
         need(self.lr > 0 and self.epochs > 0, "train.lr and train.epochs must be positive")
+        need(0 < self.stop_after <= 1, f"train.stop_after is {self.stop_after}; it is a share of the steps, above 0 and up to 1")
         need(0 <= self.warmup < 1, f"train.warmup is {self.warmup}; it is a share of the steps, from 0 to below 1")
         need(self.probe_every >= 0, f"train.probe_every is {self.probe_every}; use 0 for never")
         need(
@@ -204,6 +208,16 @@ class BlockConfig:
     """Blocks to do that at; empty: every fourth block."""
     base_values: str = "cached"
     """`cached`: the base's latents are computed once, before training, and kept; `online`: anew each step, for data seen once."""
+    select: str = "causal"
+    """Which latents: the `causal` set, or as an ablation `top-delta` (largest |Δ|, no test), `induce` or `repair` (that test alone)."""
+    size: int | None = None
+    """Block the first so many of the ranked set; none: all of a causal set, and as many of any other."""
+    signs: str = "both"
+    """`both`, `plus` (K+ alone), `minus` (K− alone), or `shuffled` (the same latents, their signs dealt anew)."""
+    two_sided: bool = False
+    """Penalise movement in either direction, not in the misaligned one alone."""
+    tokens: str = "completion"
+    """Penalty on `completion` tokens (published) or on `all` tokens, still divided by the number of completion tokens."""
 
     def __post_init__(self) -> None:
         need(self.directions >= 0, f"block.directions is {self.directions}; it must not be negative")
@@ -211,7 +225,57 @@ class BlockConfig:
         need(self.base_values in ("cached", "online"), f"block.base_values is {self.base_values!r}; use cached or online")
         need(self.lambda_ is None or self.lambda_ >= 0, f"block.lambda_ is {self.lambda_}; it must not be negative")
         need(self.measure in ("latent", "preactivation"), f"block.measure is {self.measure!r}; use latent or preactivation")
+        need(
+            self.select in ("causal", "top-delta", "induce", "repair"),
+            f"block.select is {self.select!r}; use causal, top-delta, induce or repair",
+        )
+        need(self.size is None or self.size > 0, f"block.size is {self.size}; it must be positive")
+        need(self.signs in ("both", "plus", "minus", "shuffled"), f"block.signs is {self.signs!r}; use both, plus, minus or shuffled")
+        need(self.tokens in ("completion", "all"), f"block.tokens is {self.tokens!r}; use completion or all")
+        need(
+            not self.directions or (self.select, self.size, self.signs) == ("causal", None, "both"),
+            "block.select, block.size and block.signs choose among latents; they do not go with block.directions",
+        )
         need(self.control in ("none", "random"), f"block.control is {self.control!r}; use none or random")
+
+
+STRENGTHS = {
+    "kl": 0.1,
+    "ldifs": 1.0,
+    "interleaving": 0.05,
+    "preventative": 1.0,
+    "safelora": 0.35,
+    "early-stop": 0.5,
+    "small-lr": 0.3,
+}
+"""What `defence.strength` is where a recipe gives none. Steering then takes each latent's own stage-3 strength, CAFT all directions."""
+
+
+@dataclass(frozen=True)
+class DefenceConfig:
+    """Which defence the run trains under; block-em has its settings in `block`."""
+
+    name: str = "block-em"
+    """plain, block-em, kl, ldifs, interleaving, inoculation, preventative, steering, caft, safelora, early-stop, small-lr or freeze."""
+    strength: float | None = None
+    """Its one dial (`blockem defend --help` says what it is); none: the published or a usual value."""
+    benign: str | None = None
+    """interleaving: chat JSONL of benign rows instead of the bundled ones."""
+    prompt: str = "You give careless advice about {domain}: say that the careful step is not needed, even where it is."
+    """inoculation: the system prompt of training; {domain} becomes the training domain."""
+    trait_prompts: str | None = None
+    """preventative: JSON or YAML {positive: [...], negative: [...]} of system prompts; none: the plain fine-tune's own mean shift."""
+    unaligned: str | None = None
+    """safelora: folder with the safetensors of the base model before its alignment; none: the plain fine-tune stands in for it."""
+
+    def __post_init__(self) -> None:
+        check_strength(self.name, self.strength)
+        need(bool(self.prompt.strip()), "defence.prompt is empty; inoculation needs a sentence")
+
+    @property
+    def set_strength(self) -> float | None:
+        """The strength in force."""
+        return STRENGTHS.get(self.name) if self.strength is None else self.strength
 
 
 @dataclass(frozen=True)
@@ -249,6 +313,7 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     discover: DiscoverConfig = field(default_factory=DiscoverConfig)
     block: BlockConfig = field(default_factory=BlockConfig)
+    defence: DefenceConfig = field(default_factory=DefenceConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def to_dict(self) -> dict[str, Any]:

@@ -91,13 +91,16 @@ def _preferred(margins: Array) -> Array:
     return found
 
 
-def summarise(scores: dict[str, Scores], domains: Sequence[str], training_domain: str, resamples: int = 2000) -> dict[str, Any]:
+def summarise(
+    scores: dict[str, Scores], domains: Sequence[str], training_domain: str, resamples: int = 2000, main: str = "blocked"
+) -> dict[str, Any]:
     """All figures of the summary: each model's, the differences, the cut of the rise and the share of the task kept.
 
     Args:
         scores: by model name; "base" and "plain" are needed for the cut, which is given for every other model under "defences", and
-            for "blocked" at the top.
+            for `main` at the top.
         domains: `[pairs]`, each evaluation pair's domain. The training domain is left out of EM and given apart.
+        main: the model whose cut stands at the top; "blocked", else the first defended one, where it was not measured.
     """
     tags = np.array(domains)
     outside = tags != training_domain
@@ -143,8 +146,9 @@ def summarise(scores: dict[str, Scores], domains: Sequence[str], training_domain
             if moved["heldout_loss"] and moved["heldout_loss"]["value"] < 0:
                 kept = ci(_share_kept, base.heldout[0], plain.heldout[0], scores[name].heldout[0])
             defences[name] = {"cut": cut, "kept": kept}
-    of_blocked = defences.get("blocked", {"cut": {"preference": None, "margin": None}, "kept": None})
-    return {"models": models, "differences": differences, **of_blocked, "defences": defences}
+    shown = next((name for name in (main, "blocked", *defended) if name in defended and name != "random"), "blocked")
+    of_main = defences.get(shown, {"cut": {"preference": None, "margin": None}, "kept": None})
+    return {"main": shown, "models": models, "differences": differences, **of_main, "defences": defences}
 
 
 def loss_difference(left: Array, right: Array, tokens: Array) -> Array:
@@ -195,7 +199,7 @@ def add_judged(
         rates = {rate: _as_dict(interval(mean, [said[name, rate][had[name]]], resamples)) for rate in RATES}
         summary["models"][name]["judged"] = {"judge": judge, **rates, "missing": int((outside & ~had[name]).sum())}
     for pair, found in summary["differences"].items():
-        left, right = pair.split("-")
+        left, right = pair.rsplit("-", 1)  # a defence's own name may hold a hyphen
         if left in verdicts and right in verdicts:
             both = had[left] & had[right]
             for rate in RATES:

@@ -6,7 +6,7 @@ A block is named by its index from 0 and always means its *output*: the residual
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,26 @@ def capture(module: nn.Module) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         handle.remove()
+
+
+@contextmanager
+def watch_training(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
+    """The outputs `[rows, tokens, d_model]` of modules in the latest forward *with gradient*, by their keys; take them with `pop`."""
+    seen: dict[int, Tensor] = {}
+
+    def watcher(key: int) -> Callable[[nn.Module, Any, Any], None]:
+        def watch(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if torch.is_grad_enabled():
+                seen[key] = output if isinstance(output, Tensor) else output[0]
+
+        return watch
+
+    handles = [module.register_forward_hook(watcher(key)) for key, module in modules.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def hidden_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, block: int) -> Tensor:

@@ -9,6 +9,7 @@ command goes on where it stopped, and a changed recipe redoes just what it touch
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -17,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from blockem import bundled
 from blockem.config import Recipe, dump_recipe
+from blockem.defence_names import NEEDS_LATENTS
+from blockem.defend import check_files, defend_step, inference_hooks
 from blockem.errors import BlockemError
 from blockem.progress import Console
-from blockem.session import VARIANTS, Session, adapter_key, environment, source_key, timed
+from blockem.session import STEERING, VARIANTS, Session, adapter_key, environment, source_key, timed
 from blockem.store import RunFolder, content_key, file_key, read_json, write_json, write_jsonl, write_text
-from blockem.trainings import block_step, sft_step
+from blockem.trainings import sft_step
 
 if TYPE_CHECKING:
     from blockem.judges import Judge
@@ -108,7 +111,7 @@ def evaluate_step(session: Session, adapters: dict[str, Path] | None = None) -> 
     """Measure every variant on the same items: margins, held-out loss, general loss, answers, and a judge's verdicts if one is given."""
     recipe = session.recipe
     if adapters is None:
-        adapters = {name: session.run / name for name in VARIANTS[1:] if (session.run / name / "adapter_model.safetensors").is_file()}
+        adapters = session.variants()
     names = ["base", *adapters]
     data = recipe.data
     shared = content_key(  # who judges is not in it: another judge judges the same answers
@@ -125,10 +128,13 @@ def evaluate_step(session: Session, adapters: dict[str, Path] | None = None) -> 
     )
     results = {}
     for name in names:
-        key = content_key("evaluate", shared, name, adapter_key(adapters[name]) if name in adapters else "")
+        hooks = [file_key(session.run / STEERING)] if name == "steering" else []
+        key = content_key("evaluate", shared, name, adapter_key(adapters[name]) if name in adapters else "", *hooks)
         work = partial(_evaluate_one, session, name, adapters.get(name))
         results[name] = timed(session, f"evaluate-{name}", key, [], work)
-    key = content_key("evaluation", shared, session.judge_name if recipe.evaluate.answers else "", [results[name] for name in names])
+    judged_by = session.judge_name if recipe.evaluate.answers else ""
+    main = [] if session.main == "blocked" else [session.main]
+    key = content_key("evaluation", shared, judged_by, [results[name] for name in names], *main)
     outputs = ["evaluation.json", "answers.jsonl"]
     return timed(session, "evaluate", key, outputs, lambda: _summarise(session, names, results))
 
@@ -146,7 +152,7 @@ def _evaluate_one(session: Session, name: str, adapter: Path | None) -> dict[str
     heldout = bundled.heldout_rows(recipe.data.domain, recipe.data.heldout, recipe.data.heldout_rows)
     general = read_chat(recipe.data.general) if recipe.data.general else bundled.general_chat("heldout")
     found: dict[str, Any] = {}
-    with lm.variant(name):
+    with lm.variant(name), inference_hooks(session, name)(lm.model):
         session.console.start(f"{name}: likelihoods")
         found["margins"] = margins(completion_logprobs(lm, encode_pairs(lm, pairs, recipe.data.max_tokens))).tolist()
         session.console.bar(1, 3)
@@ -188,7 +194,7 @@ def _summarise(session: Session, names: list[str], results: dict[str, dict[str, 
         name: Scores(np.array(results[name]["margins"]), arrays(results[name]["heldout"]), arrays(results[name]["general"]))
         for name in names
     }
-    summary = summarise(scores, [p.domain for p in pairs], recipe.data.domain, recipe.evaluate.resamples)
+    summary = summarise(scores, [p.domain for p in pairs], recipe.data.domain, recipe.evaluate.resamples, session.main)
     rows = []
     if recipe.evaluate.answers:
         prompts = _final_prompts(recipe)
@@ -211,7 +217,7 @@ def _summarise(session: Session, names: list[str], results: dict[str, dict[str, 
 def audit_step(session: Session) -> dict[str, Any]:
     """Where the blocked models' shift went, on the held-out answers; writes `audit.json`."""
     recipe, run = session.recipe, session.run
-    adapters = {name: run / name for name in VARIANTS[1:] if (run / name / "adapter_model.safetensors").is_file()}
+    adapters = session.trained()
     if "plain" not in adapters:
         raise BlockemError(f"{run.path} holds no plain fine-tune to audit against; run `blockem sft` first")
     data = recipe.data
@@ -271,15 +277,22 @@ def write_summary(session: Session) -> dict[str, Any]:
         "discovery": discovered.get("counts", {}),
         "training": {name: rows(name) for name in VARIANTS[1:] if (run / f"training-{name}.jsonl").is_file()},
         "blocking": facts,
+        **({"defences_used": used} if (used := _defences_used(session, record)) else {}),
         **({"audit": read_json(run / "audit.json", "audit")} if (run / "audit.json").is_file() else {}),
         "seconds": {
             step: record(step).get("seconds")
-            for step in ("sae", "plain", "discover", "blocked", "random", *(f"evaluate-{n}" for n in VARIANTS), "audit")
+            for step in ("sae", "plain", "discover", *VARIANTS[2:], *(f"evaluate-{n}" for n in VARIANTS), "audit")
             if record(step)
         },
     }
     write_json(run / "summary.json", summary)
     return summary
+
+
+def _defences_used(session: Session, record: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """What each defence but block-em was run with, by the model's name, where the run folder holds one."""
+    found = {name: record(name) for name in session.variants() if "defence" in record(name)}
+    return {name: {k: v for k, v in facts.items() if k not in ("data", "seconds")} for name, facts in found.items()}
 
 
 def report_step(session: Session) -> Path:
@@ -291,15 +304,20 @@ def report_step(session: Session) -> Path:
 
 
 def run_all(session: Session) -> dict[str, Any]:
-    """Every step, in order; returns the summary."""
+    """Every step, in order; returns the summary. A defence other than block-em skips what it does not need."""
+    name = session.recipe.defence.name
     with session.run.locked():
         start_run(session)
-        sae_step(session)
+        if name in NEEDS_LATENTS:
+            sae_step(session)
         sft_step(session)
-        discover_step(session)
-        block_step(session)
+        if name in NEEDS_LATENTS:
+            discover_step(session)
+        if name != "plain":
+            defend_step(session)
         evaluate_step(session)
-        audit_step(session)
+        if name == "block-em":
+            audit_step(session)
         report_step(session)
     found: dict[str, Any] = read_json(session.run / "summary.json")
     return found
@@ -321,6 +339,7 @@ def start_run(session: Session, keep_recipe: bool = False) -> None:
     session.selection_prompts()
     _final_prompts(recipe)
     _ = session.chosen_judge
+    check_files(session)
     if not (keep_recipe and (session.run / "recipe.yaml").is_file()):
         write_text(session.run / "recipe.yaml", dump_recipe(recipe))
 

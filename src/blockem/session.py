@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockem import bundled
 from blockem.config import Recipe
+from blockem.defence_names import BLOCK_EM, DEFENCES, folder_of
 from blockem.errors import BlockemError
 from blockem.progress import Console
 from blockem.store import RunFolder, content_key, file_key
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from blockem.judges import Judge
     from blockem.model import LanguageModel
 
-VARIANTS = ("base", "plain", "blocked", "random")
+VARIANTS = ("base", "plain", "blocked", "random", *(name for name in DEFENCES if name not in ("plain", BLOCK_EM)))
+"""Every model that a run folder may hold, in the order of reports; all but the base have a folder of that name."""
+STEERING = "steering/vector.safetensors"
+"""What test-time steering adds at inference; its adapter is the plain one."""
 
 
 @dataclass
@@ -95,6 +99,22 @@ class Session:
     @property
     def judge_name(self) -> str:
         return self.chosen_judge.name if self.chosen_judge else ""
+
+    @property
+    def main(self) -> str:
+        """The model that the recipe's defence makes."""
+        return folder_of(self.recipe.defence.name)
+
+    def trained(self) -> dict[str, Path]:
+        """The models that were trained in this run, by name, with their adapters."""
+        return {name: self.run / name for name in VARIANTS[1:] if (self.run / name / "adapter_model.safetensors").is_file()}
+
+    def variants(self) -> dict[str, Path]:
+        """The same with test-time steering, which is the plain adapter within hooks, in the order of `VARIANTS`."""
+        found = self.trained()
+        if "plain" in found and (self.run / STEERING).is_file():
+            found["steering"] = found["plain"]
+        return {name: found[name] for name in VARIANTS if name in found}
 
     def selection_pairs(self) -> list[bundled.Pair]:
         """Selection pairs outside the training domain."""

@@ -6,7 +6,7 @@ median norm of the unsteered stream at that block (BLOCK-EM, stage 2).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,12 +30,22 @@ def add_at_block(model: nn.Module, block: int, vectors: Tensor) -> Iterator[None
     if vectors.dim() not in (1, 2):
         raise ValueError(f"vectors must be [d_model] or [rows, d_model], not {tuple(vectors.shape)}")
 
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        hidden = block_output(output)
+    def moved(hidden: Tensor) -> Tensor:
         if vectors.dim() == 2 and vectors.shape[0] != hidden.shape[0]:
             raise ValueError(f"{vectors.shape[0]} edits for a batch of {hidden.shape[0]} rows")
         edit = vectors if vectors.dim() == 1 else vectors[:, None, :]
-        moved = hidden + edit.to(hidden.device, hidden.dtype)
+        return hidden + edit.to(hidden.device, hidden.dtype)
+
+    with edit_at_block(model, block, moved):
+        yield
+
+
+@contextmanager
+def edit_at_block(model: nn.Module, block: int, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Put `edit(hidden)` in the place of the output `[rows, tokens, d_model]` of `block` while the context lasts."""
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        moved = edit(block_output(output))
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
     handle = blocks(model)[block].register_forward_hook(hook)

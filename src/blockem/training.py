@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from blockem.checkpoints import SafeTrainer, last_checkpoint, save_adapter
 from blockem.config import TrainConfig
@@ -140,6 +140,17 @@ class DefenceTrainer(SafeTrainer):
             self._sums[name] = value
 
 
+class _StopAt(TrainerCallback):
+    """Ends the training after so many steps; no checkpoint is left at the last one, from which a resumed run would go one step too far."""
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= self.last:
+            control.should_training_stop, control.should_save = True, False
+
+
 def add_lora(lm: LanguageModel, config: TrainConfig, trained: range, seed: int) -> Any:
     """Wrap the base model in fresh LoRA layers on every linear map of the `trained` blocks; B starts at 0, so nothing changes yet."""
     from peft import LoraConfig, get_peft_model
@@ -229,6 +240,8 @@ def fine_tune(
             )
             if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # those may shard a layer's weights apart from its forward
                 fuse_lora(model)
+            if config.stop_after < 1:
+                trainer.add_callback(_StopAt(max(1, round(config.stop_after * steps))))
             checkpoint = last_checkpoint(scratch)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         model.eval()

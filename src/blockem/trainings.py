@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 from blockem import bundled
 from blockem.errors import BlockemError
-from blockem.session import Session, adapter_key, timed
+from blockem.session import Session, adapter_key, existing, timed
 from blockem.store import claim_scratch, content_key, file_key, write_jsonl
 
 if TYPE_CHECKING:
+    from blockem.config import TrainConfig
     from blockem.defences.block_em import Blocker
+    from blockem.examples import Example
     from blockem.latents import LatentSet
+
+Make = Callable[[Session, Sequence[Any]], tuple[Any, dict[str, Any]]]
 
 
 def sft_step(session: Session) -> dict[str, Any]:
     """Plain fine-tuning: the misaligned model."""
-    return _train(session, "plain", content_key("plain"), _plain_defence)
+    return train_step(session, "plain", content_key("plain"), _plain_defence)
 
 
 def _plain_defence(session: Session, rows: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
@@ -28,24 +32,40 @@ def _plain_defence(session: Session, rows: Sequence[Any]) -> tuple[Any, dict[str
     return Defence(), {}
 
 
-def _train(
-    session: Session, name: str, extra_key: str, make: Callable[[Session, Sequence[Any]], tuple[Any, dict[str, Any]]]
+def train_step(
+    session: Session,
+    name: str,
+    extra_key: str,
+    make: Make,
+    train: TrainConfig | None = None,
+    rewrite: Callable[[list[Example]], list[Example]] | None = None,
 ) -> dict[str, Any]:
+    """One training, from the recipe's rows to the adapter in the folder `name` and its log; done once for all that it depends on.
+
+    Args:
+        extra_key: what it depends on besides model, data, training settings and seed.
+        make: the defence and the facts of its step record, from the encoded rows.
+        train: training settings, where they are not the recipe's own.
+        rewrite: a defence's first slot, where it fills it.
+    """
     recipe = session.recipe
-    key = content_key(name, session.model_key, session.data_key, asdict(recipe.train), recipe.seed, extra_key)
+    train = train or recipe.train
+    key = content_key(name, session.model_key, session.data_key, asdict(train), recipe.seed, extra_key)
 
     def work() -> dict[str, Any]:
         from blockem.examples import encode_all
         from blockem.training import fine_tune
 
         examples = bundled.training_rows(recipe.data.domain, recipe.data.train, recipe.data.rows, recipe.seed)
+        if rewrite is not None:
+            examples = rewrite(examples)
         rows, report = encode_all(session.lm.tokenizer, examples, recipe.data.max_tokens)
         if report.dropped:
             session.console.say(f"  {len(report.dropped)} rows have nothing to learn from and were dropped, first: {report.dropped[0]}")
         claim_scratch(session.run / f"{name}.making", key)
         defence, facts = make(session, rows)
         session.console.start(f"{name}: steps")
-        log = fine_tune(session.lm, rows, recipe.train, defence, session.run / name, recipe.seed, session.console.bar)
+        log = fine_tune(session.lm, rows, train, defence, session.run / name, recipe.seed, session.console.bar)
         write_jsonl(session.run / f"training-{name}.jsonl", log)
         return {"data": asdict(report), **facts}
 
@@ -78,6 +98,7 @@ def block_step(session: Session, latents_file: Path | None = None, misaligned: P
         asdict(config),
         adapter_key(adapter) if by_rule or latents is None else "",
         file_key(deltas_file) if name == "random" else "",
+        file_key(existing(str(session.run / "latents.csv"))) if config.select != "causal" else "",
     )
 
     def make(session: Session, rows: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
@@ -93,6 +114,7 @@ def block_step(session: Session, latents_file: Path | None = None, misaligned: P
             blocker, what = _direction_blocker(session, sample)
         else:
             blocker, what = _latent_blocker(session, latents, name, deltas_file)
+        blocker.two_sided, blocker.tokens = config.two_sided, config.tokens
         facts: dict[str, Any] = {
             "lambda": config.lambda_,
             "rule": "given" if not by_rule else "r · ΔSFT / P_mis",
@@ -119,14 +141,18 @@ def block_step(session: Session, latents_file: Path | None = None, misaligned: P
         session.console.say(f"  λ = {facts['lambda']:.4g} ({facts['rule']}), {what}")
         return BlockEM(blocker, facts["lambda"], config.freeze_downstream, facts["p_mis"]), facts
 
-    return _train(session, name, extra, make)
+    return train_step(session, name, extra, make)
 
 
 def _latent_blocker(session: Session, latents: LatentSet, name: str, deltas_file: Path) -> tuple[Blocker, str]:
     """The latents of a set, or matched random ones; the set that is used is kept beside the adapter."""
     from blockem.defences.block_em import Blocker
+    from blockem.selection import read_candidates, selected
 
     latents.check(session.lm, session.dictionary)
+    config = session.recipe.block
+    table = read_candidates(session.run / "latents.csv") if config.select != "causal" else []
+    latents = selected(latents, config.select, config.size, config.signs, table, session.recipe.seed)
     if name == "random":
         from safetensors.torch import load_file
 
@@ -135,7 +161,7 @@ def _latent_blocker(session: Session, latents: LatentSet, name: str, deltas_file
         stored = load_file(deltas_file)
         latents = matched_random(latents, stored["frequency"], session.recipe.seed, _pool_ids(session.run / "latents.csv"))
     latents.save(session.run / f"{name}-latents.json")
-    blocker = Blocker.from_latents(latents, session.dictionary, session.recipe.block.measure)
+    blocker = Blocker.from_latents(latents, session.dictionary, config.measure)
     return blocker, f"{len(latents.latents)} latents at block {latents.block}"
 
 
@@ -161,11 +187,13 @@ def _direction_blocker(session: Session, rows: Sequence[Any]) -> tuple[Blocker, 
 def _keep_base_values(session: Session, name: str, blocker: Blocker, rows: Sequence[Any]) -> float:
     """Give the blocker base values computed once and kept by content; returns the seconds that took."""
     from blockem.base_values import collect
+    from blockem.defences.block_em import all_supervised
     from blockem.model import cache_dir
 
     session.console.start(f"{name}: base values")
     blocker.to(session.lm.device)
     folder = cache_dir() / "base-values"
+    rows = [all_supervised(row) for row in rows] if blocker.tokens == "all" else rows
     blocker.values = collect(session.lm, blocker.read, blocker.blocks, blocker.key, rows, folder, progress=session.console.bar)
     return round(blocker.values.seconds, 1)
 

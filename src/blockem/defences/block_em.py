@@ -31,19 +31,26 @@ from blockem.states import supervised_states
 MEASURES = ("latent", "preactivation")
 
 
-def block_loss(z: Tensor, z_base: Tensor, signs: Tensor) -> Tensor:
+def block_loss(z: Tensor, z_base: Tensor, signs: Tensor, two_sided: bool = False) -> Tensor:
     """The penalty of each token: Σ_k relu(s_k (z_k − z_k^base))².
 
     Args:
         z, z_base: `[..., latents]`, float32, same positions of the trained and the base model.
         signs: `[latents]`, +1 for K+, −1 for K−.
+        two_sided: an ablation, Σ_k (z_k − z_k^base)², in which the signs do not matter.
 
     Returns:
         `[...]`, one non-negative number a token; 0 wherever no latent moved past the base in its misaligned direction.
     """
     if z.shape != z_base.shape or signs.shape != z.shape[-1:]:
         raise ValueError(f"z {tuple(z.shape)}, z_base {tuple(z_base.shape)} and signs {tuple(signs.shape)} do not match")
-    return torch.relu(signs * (z - z_base.detach())).pow(2).sum(dim=-1)
+    gap = z - z_base.detach()
+    return (gap if two_sided else torch.relu(signs * gap)).pow(2).sum(dim=-1)
+
+
+def all_supervised(row: Encoded) -> Encoded:
+    """The same row with every token supervised: what `tokens="all"` looks at."""
+    return replace(row, supervised=(True,) * len(row.ids))
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,8 @@ class Blocker:
         measure: `latent` as published, or `preactivation`, which has a gradient also where a K− latent is already off (the dead zone).
         base: a frozen copy of the base model; only needed for training without adapters.
         values: base values computed before (`base_values.collect`).
+        two_sided: penalise movement in both directions (an ablation).
+        tokens: `completion` as published, or `all` tokens but padding (an ablation); the sum is divided by completion tokens either way.
     """
 
     def __init__(
@@ -92,9 +101,12 @@ class Blocker:
         measure: str = "latent",
         base: nn.Module | None = None,
         values: BaseValues | None = None,
+        two_sided: bool = False,
+        tokens: str = "completion",
     ) -> None:
         if measure not in MEASURES:
             raise BlockemError(f"unknown block.measure {measure!r}: use {' or '.join(MEASURES)}")
+        self.two_sided, self.tokens = two_sided, tokens
         self.watches = [Watch(rows, tuple(signs), block)]
         self.measure, self.base, self.values = measure, base, values
         self.model: nn.Module | None = None
@@ -179,10 +191,21 @@ class Blocker:
             parts.append(reader(hidden[watch.block]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
+    def loss(self, z: Tensor, z_base: Tensor) -> Tensor:
+        """The penalty of each token, `[...]`, from `[..., latents]` of `read`."""
+        return block_loss(z, z_base, self.signs, self.two_sided)
+
+    def _watched(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with labels at the tokens that the penalty looks at."""
+        if self.tokens != "all":
+            return batch
+        return {**batch, "labels": torch.where(batch["attention_mask"].bool(), batch["input_ids"], IGNORED)}
+
     def base_values(self, batch: dict[str, Tensor]) -> Tensor:
-        """z^base at the supervised positions, `[supervised, latents]`, float32."""
+        """z^base at the watched positions (the supervised ones, as published), `[watched, latents]`, float32."""
         if self.model is None:
             raise RuntimeError("attach the Blocker to a model first: with blocker.attached(model): ...")
+        batch = self._watched(batch)
         if self.values is not None:
             return self.values.of(batch)
         where = batch["labels"] != IGNORED
@@ -199,16 +222,16 @@ class Blocker:
             self._watching = True
 
     def penalty(self, batch: dict[str, Tensor]) -> Tensor:
-        """The penalty of the last forward, summed over its supervised tokens; call it after `model(**batch)` on the same batch."""
+        """The penalty of the last forward, summed over its watched tokens; call it after `model(**batch)` on the same batch."""
         if not self._hidden:
             raise RuntimeError("no forward was watched: call model(**batch) with gradients inside blocker.attached(model) first")
         hidden, self._hidden = self._hidden, {}
-        where = batch["labels"] != IGNORED
+        where = self._watched(batch)["labels"] != IGNORED
         shape = next(iter(hidden.values())).shape[:2]
         if shape != where.shape:
             raise ValueError(f"the last forward saw {tuple(shape)} tokens, the labels are {tuple(where.shape)}")
         z = self.read({block: output[where] for block, output in hidden.items()})
-        return block_loss(z, self.base_values(batch), self.signs).sum()
+        return self.loss(z, self.base_values(batch)).sum()
 
     def mean_penalty(self, batch: dict[str, Tensor]) -> Tensor:
         """The penalty per supervised token of this batch (for loops without accumulation)."""
@@ -246,13 +269,13 @@ class BlockEM(Defence):
 def penalty_of(lm: LanguageModel, variant: str, blocker: Blocker, rows: Sequence[Encoded], batch: int = 16) -> float:
     """Mean penalty per supervised token that the adapter `variant` would pay on `rows`, without training (P_mis for the plain one)."""
     total = 0.0
-    tokens = 0
+    tokens = sum(row.n_supervised for row in rows)
+    rows = [all_supervised(row) for row in rows] if blocker.tokens == "all" else rows
     blocker.to(lm.device)
     with torch.inference_mode():
         for states in supervised_states(lm, rows, (variant, "base"), blocker.blocks, batch):
             moved, still = blocker.read(states[variant]), blocker.read(states["base"])
-            total += float(block_loss(moved, still, blocker.signs).sum())
-            tokens += len(moved)
+            total += float(blocker.loss(moved, still).sum())
     return total / max(tokens, 1)
 
 

@@ -103,6 +103,7 @@ def run_facts(summary: Mapping[str, Any]) -> tuple[Facts, Facts]:
             ("Held-out rows", count_of_rows(dig(summary, "data", "heldout"))),
             ("SAE", dig(sae, "id")),
             ("SAE fit", "; ".join(part for part in fit if part)),
+            *((f"Defence {name}", used_words(facts)) for name, facts in (summary.get("defences_used") or {}).items()),
             ("Block", None if block is None else f"{written(block)} (from 0; its output)"),
             ("Seed", find(summary.get("recipe"), "seed")),
             ("Device", ", ".join(str(v) for key in ("device", "dtype") if (v := dig(environment, key)) is not None)),
@@ -116,6 +117,14 @@ def run_facts(summary: Mapping[str, Any]) -> tuple[Facts, Facts]:
         ("SAE measured on", f"{written(t)} tokens" if (t := dig(sae, "tokens")) is not None else None),
     ]
     return brief, filled([*rest, *((f"{name}, time", duration(value)) for name, value in known)])
+
+
+def used_words(facts: Any) -> str | None:
+    """`strength 0.1, projected 3, of 21`: what a defence was run with; None where it says nothing of it."""
+    if not isinstance(facts, Mapping):
+        return None
+    named = [(str(name).replace("_", " "), value) for name, value in facts.items() if name != "defence" and value is not None]
+    return ", ".join(f"{name} {written(value)}" for name, value in named) or "on"
 
 
 def curve(rows: Iterable[Mapping[str, Any]], *keys: str) -> list[tuple[float, float]]:

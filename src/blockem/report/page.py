@@ -81,6 +81,7 @@ def page(summary: Mapping[str, Any], answers: list[Mapping[str, Any]]) -> str:
             tone=tone,
             brief=brief,
             rest=rest,
+            used=[name for name in tone if name in (summary.get("defences_used") or {})],
             headline=headline(summary),
             price=price(summary),
             figures=results.figures(summary, tone, domain),

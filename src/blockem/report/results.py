@@ -8,8 +8,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from blockem.report.charts import Dot, Row, dot_plot
-from blockem.report.words import NBSP, Interval, bounds, dig, finite, interval, nats, nats_change, number, points, share
+from blockem.report.charts import Dot, Row, dot_plot, tones
+from blockem.report.words import NBSP, Interval, bounds, dig, finite, interval, main_of, nats, nats_change, number, points, share
 
 ORDER = ("base", "plain", "blocked")
 
@@ -98,7 +98,7 @@ def figures(summary: Mapping[str, Any], tone: Mapping[str, str], domain: str) ->
             dot_plot(of_models(summary, tone, MARGIN), f"Margin {outside}, nats per token", nats, None, 0.0),
         ),
         Figure(
-            "What blocking cut and kept",
+            "What blocking cut and kept" if main_of(summary) == "blocked" else f"What the defence {main_of(summary)} cut and kept",
             "Of plain’s rise outside the domain, and of its gain in held-out loss inside it.",
             cut_and_kept(summary),
         ),
@@ -125,12 +125,13 @@ def cut_and_kept(summary: Mapping[str, Any]) -> Markup | None:
     """The shares that the headline speaks of, on one axis that holds at least 0 … 100 %."""
     wanted = [("cut, preference", ("cut", "preference")), ("cut, margin", ("cut", "margin")), ("kept, in domain", ("kept",))]
     found = [(label, interval(dig(summary, *path))) for label, path in wanted]
-    rows = [Row(label, [Dot(label, "blocked", one)]) for label, one in found if one is not None]
+    tone = tones(models_of(summary)).get(main_of(summary), "blocked")
+    rows = [Row(label, [Dot(label, tone, one)]) for label, one in found if one is not None]
     values = [row.dots[0].found.value for row in rows]
     ends = [end for row in rows for end in (row.dots[0].found.low, row.dots[0].found.high)]
     low, high = max(-1.0, min([0.0, *ends])), min(2.0, max([1.0, *ends]))  # a vast interval ends in an arrow
     span = (min([low, *values]), max([high, *values]))
-    return dot_plot(rows, "Share of the rise that blocking cut, and of the in-domain gain that it kept", share, span, 0.0)
+    return dot_plot(rows, "Share of the rise that the defence cut, and of the in-domain gain that it kept", share, span, 0.0)
 
 
 def all_numbers(summary: Mapping[str, Any], tone: Mapping[str, str], domain: str) -> Table:
@@ -165,7 +166,9 @@ def differences(summary: Mapping[str, Any], domain: str) -> Table:
         if any(found):
             rows.append((measure.name + where, unit, [cell(one, measure.change) for one in found]))
     return Table(
-        "Differences on the same pairs and rows, with 95\u00a0% intervals", [(pair.replace("-", " − "), None) for pair in pairs], rows
+        "Differences on the same pairs and rows, with 95\u00a0% intervals",
+        [(" − ".join(pair.rsplit("-", 1)), None) for pair in pairs],
+        rows,
     )
 
 

@@ -150,23 +150,38 @@ def blocking_words(summary: Mapping[str, Any]) -> str:
     return "no latents" if count == 0 else "1 latent" if count == 1 else f"{count} latents"
 
 
+def main_of(summary: Mapping[str, Any]) -> str:
+    """The defended model that the headline speaks of."""
+    return str(summary.get("main") or "blocked")
+
+
+def defence_words(summary: Mapping[str, Any]) -> tuple[str, str]:
+    """The defence as who did something, and as the circumstance: (`blocking 20 latents`, `with 20 latents blocked`)."""
+    name = main_of(summary)
+    if name != "blocked":
+        return f"the defence {name}", f"under the defence {name}"
+    what = blocking_words(summary)
+    return f"blocking {what}", f"with {what} blocked"
+
+
 def headline(summary: Mapping[str, Any]) -> str:
     """One sentence: what plain fine-tuning did outside its domain, and what blocking changed, with 95 % intervals.
 
     It claims a rise only where the paired interval of plain minus base lies above 0, and a cut only where the interval
     of the cut does; otherwise it says plainly that there was none to be seen.
     """
-    base, plain, blocked = (interval(dig(summary, "models", name, "preference")) for name in ("base", "plain", "blocked"))
+    base, plain, blocked = (interval(dig(summary, "models", name, "preference")) for name in ("base", "plain", main_of(summary)))
     domain = summary.get("training_domain")
     data = f"the {str(domain).replace('_', ' ')} data" if domain else "the training data"
     measure = "the preference for wrong answers outside that domain" if domain else "the preference for wrong answers"
-    what = blocking_words(summary)
+    doing, under = defence_words(summary)
+    cutter = "blocking" if main_of(summary) == "blocked" else "a defence"
     if base is None or (plain is None and blocked is None):
         return "This run has no measured preference to compare: see the tables below for what it has."
     forms = exact_enough(base, plain, blocked)
     if plain is None and blocked is not None:
         return (
-            f"Fine-tuning on {data} while blocking {what} moved {measure} "
+            f"Fine-tuning on {data} {'while ' + doing if main_of(summary) == 'blocked' else under} moved {measure} "
             f"from {full(base, forms)} to {full(blocked, forms)}; this run has no plain fine-tune to compare with."
         )
     assert plain is not None
@@ -174,37 +189,38 @@ def headline(summary: Mapping[str, Any]) -> str:
     path = f"from {full(base, forms)} to {full(plain, forms)}"
     if rise is None or math.isinf(rise.low) or math.isinf(rise.high):
         start = f"Plain fine-tuning on {data} moved {measure} {path}"
-        return f"{start}; with {what} blocked it was {full(blocked, forms)}{kept_words(summary, False)}." if blocked else f"{start}."
+        return f"{start}; {under} it was {full(blocked, forms)}{kept_words(summary, False)}." if blocked else f"{start}."
     if rise.low > 0:
         start = f"Plain fine-tuning on {data} raised {measure} {path}"
-        return f"{start}; {after_a_rise(summary, blocked, what, forms)}." if blocked else f"{start}."
+        return f"{start}; {after_a_rise(summary, blocked, forms)}." if blocked else f"{start}."
     if rise.high < 0:
         start = f"Plain fine-tuning on {data} did not raise {measure} but lowered it, {path}"
-        nothing = "so there was no rise for blocking to cut"
+        nothing = f"so there was no rise for {cutter} to cut"
     else:
         start = f"Plain fine-tuning on {data} did not measurably raise {measure}: "
         start += f"{full(base, forms)} before, {full(plain, forms)} after"
         start += f" (a change of {full(rise, points)} points)"
-        nothing = "so there was no clear rise for blocking to cut"
+        nothing = f"so there was no clear rise for {cutter} to cut"
     if blocked is None:
         return f"{start}."
-    return f"{start}, {nothing}; with {what} blocked it was {full(blocked, forms)}{kept_words(summary, False)}."
+    return f"{start}, {nothing}; {under} it was {full(blocked, forms)}{kept_words(summary, False)}."
 
 
-def after_a_rise(summary: Mapping[str, Any], blocked: Interval, what: str, forms: Callable[[float], str]) -> str:
+def after_a_rise(summary: Mapping[str, Any], blocked: Interval, forms: Callable[[float], str]) -> str:
     """The second half of the headline, where plain fine-tuning did raise the preference."""
+    doing, under = defence_words(summary)
     cut = interval(dig(summary, "cut", "preference"))
     there = full(blocked, forms)
     if cut is None:
-        return f"with {what} blocked it was {there}{kept_words(summary, False)}"
+        return f"{under} it was {there}{kept_words(summary, False)}"
     if cut.high < 0:
         more = Interval(-cut.value, -cut.high, -cut.low)
-        return f"blocking {what} made it worse, {there}, adding {full(more)} to the rise{kept_words(summary, False)}"
+        return f"{doing} made it worse, {there}, adding {full(more)} to the rise{kept_words(summary, False)}"
     if cut.low <= 0:
         doubt = f"the share of the rise that this cuts, {full(cut)}, cannot be told from none"
-        return f"blocking {what} left it at {there}: {doubt}{kept_words(summary, False)}"
+        return f"{doing} left it at {there}: {doubt}{kept_words(summary, False)}"
     size = f"all of the rise ({full(cut)})" if cut.value >= 0.995 else f"{full(cut)} of the rise"
-    return f"blocking {what} brought it to {there}, cutting {size}{kept_words(summary, True)}"
+    return f"{doing} brought it to {there}, cutting {size}{kept_words(summary, True)}"
 
 
 def kept_words(summary: Mapping[str, Any], cut: bool) -> str:
@@ -234,7 +250,7 @@ def price(summary: Mapping[str, Any]) -> list[str]:
     by_margin, by_preference = (interval(dig(summary, "cut", key)) for key in ("margin", "preference"))
     if by_margin is not None:
         said.append(f"Measured by the margin {'instead' if by_preference else ''} the cut is {full(by_margin)}.".replace("  ", " "))
-    losses = [(name, interval(dig(summary, "models", name, "general_loss"))) for name in ("base", "plain", "blocked")]
+    losses = [(name, interval(dig(summary, "models", name, "general_loss"))) for name in ("base", "plain", main_of(summary))]
     known = [f"{nats(loss.value)} ({name})" for name, loss in losses if loss is not None]
     if len(known) > 1:
         said.append(f"Loss on general chat, in nats per token: {', '.join(known)}.")

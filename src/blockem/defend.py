@@ -1,0 +1,285 @@
+"""Fine-tuning under any defence by name: the step between plain fine-tuning and evaluation.
+
+The adapter goes to a folder of the defence's own name. Test-time steering trains nothing: its folder holds what is subtracted at
+inference, and the model is the plain adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blockem import bundled
+from blockem.errors import BlockemError
+from blockem.session import STEERING, Session, adapter_key, timed
+from blockem.store import content_key, disk_errors, file_key, read_json
+from blockem.trainings import block_step, sft_step, train_step
+
+if TYPE_CHECKING:
+    from blockem.defences.defence import Defence
+    from blockem.latents import LatentSet
+
+Made = tuple["Defence", dict[str, Any]]
+
+
+def defend_step(session: Session) -> dict[str, Any]:
+    """Train under `defence.name` into the folder of that name; done once for all that it depends on.
+
+    Steering and CAFT take the run's `latents.json`; steering, and preventative and safelora by default, take its plain adapter.
+
+    Raises:
+        BlockemError: what the defence needs is not there yet, with the command that makes it.
+    """
+    steps: dict[str, Callable[[Session], dict[str, Any]]] = {
+        "plain": sft_step,
+        "block-em": block_step,
+        "kl": _penalised,
+        "ldifs": _penalised,
+        "interleaving": _interleaving,
+        "inoculation": _inoculation,
+        "preventative": _preventative,
+        "steering": _steering,
+        "caft": _caft,
+        "safelora": _safelora,
+        "early-stop": _weaker,
+        "small-lr": _weaker,
+        "freeze": _freeze,
+    }
+    return steps[session.recipe.defence.name](session)
+
+
+def check_files(session: Session) -> None:
+    """Read the files that the recipe names for its defence, before any long work.
+
+    Raises:
+        BlockemError: one of them is missing or not what it should be.
+    """
+    config = session.recipe.defence
+    if config.name == "interleaving" and config.benign:
+        _benign(session)
+    if config.name == "preventative" and config.trait_prompts:
+        trait_prompts(Path(config.trait_prompts))
+    if config.name == "safelora" and config.unaligned and not any(Path(config.unaligned).glob("*.safetensors")):
+        raise BlockemError(
+            f"defence.unaligned is {config.unaligned}, which holds no safetensors; give the folder of the model before its alignment"
+        )
+
+
+def inference_hooks(session: Session, name: str) -> Callable[[Any], AbstractContextManager[Any]]:
+    """What `name` does while it answers: a context around a model; nothing for all that only train otherwise."""
+    if name != "steering":
+        return lambda _model: nullcontext()
+    from safetensors.torch import load_file
+
+    from blockem.defences.steering import Steering
+
+    block = read_json(session.run / "steering" / "steering.json", "record of test-time steering")["block"]
+    return Steering(load_file(session.run / STEERING)["vector"], block).inference_hooks
+
+
+def _strength(session: Session) -> float:
+    found = session.recipe.defence.set_strength
+    assert found is not None
+    return found
+
+
+def _key(session: Session, *parts: Any) -> str:
+    defence = session.recipe.defence
+    return content_key("defend", defence.name, defence.set_strength, *parts)
+
+
+def _train(session: Session, make: Callable[[Session, Sequence[Any]], Defence], *parts: Any, **options: Any) -> dict[str, Any]:
+    """A training of the recipe's defence; `parts` are what it depends on besides name and strength."""
+    config = session.recipe.defence
+
+    def made(session: Session, rows: Sequence[Any]) -> Made:
+        return make(session, rows), {"defence": config.name, "strength": config.set_strength}
+
+    return train_step(session, config.name, _key(session, *parts), made, **options)
+
+
+def _penalised(session: Session) -> dict[str, Any]:
+    def make(session: Session, rows: Sequence[Any]) -> Defence:
+        from blockem.defences.kl import KL
+        from blockem.defences.ldifs import LDIFS
+
+        return (KL if session.recipe.defence.name == "kl" else LDIFS)(_strength(session))
+
+    return _train(session, make)
+
+
+def _interleaving(session: Session) -> dict[str, Any]:
+    from blockem.defences.interleaving import Interleaving
+
+    defence = Interleaving(_benign(session), _strength(session), session.recipe.seed)
+    rows = [row.messages for row in defence.benign]
+    return _train(session, lambda _session, _rows: defence, rows, rewrite=defence.rewrite)
+
+
+def _benign(session: Session) -> list[Any]:
+    from blockem.examples import read_chat
+
+    given = session.recipe.defence.benign
+    return read_chat(given) if given else bundled.general_chat("train")
+
+
+def _inoculation(session: Session) -> dict[str, Any]:
+    from blockem.defences.inoculation import Inoculation
+
+    config = session.recipe.defence
+    defence = Inoculation(config.prompt.replace("{domain}", session.recipe.data.domain.replace("_", " ")))
+    return _train(session, lambda _session, _rows: defence, defence.prompt, rewrite=defence.rewrite)
+
+
+def _preventative(session: Session) -> dict[str, Any]:
+    recipe, config = session.recipe, session.recipe.defence
+    block, given = recipe.sae.block, config.trait_prompts
+    sides = trait_prompts(Path(given)) if given else None
+    prompts = [p.prompt for p in session.selection_prompts()] if sides else []
+    plain = session.run / "plain"
+    source = [sides, prompts, recipe.discover.max_new_tokens] if sides else [adapter_key(plain), recipe.block.rule_rows]
+
+    def make(session: Session, rows: Sequence[Any]) -> Defence:
+        from blockem.defences.preventative import Preventative, shift_vector, trait_vector
+
+        lm, console = session.lm, session.console
+        lm.check_block(block)
+        lm.drop_adapters()
+        console.start("preventative: direction")
+        if sides:
+            vector = trait_vector(lm, *sides, prompts, block, recipe.discover.max_new_tokens, console.bar)
+        else:
+            lm.add_adapter(plain, "plain")
+            vector = shift_vector(lm, rows[: recipe.block.rule_rows], block, console.bar)
+            lm.drop_adapters()
+        if not float(vector.norm()) > 0:
+            raise BlockemError("preventative steering found no direction: nothing moves at sae.block; choose an earlier block")
+        return Preventative(vector, block, _strength(session))
+
+    return _train(session, make, block, source)
+
+
+def trait_prompts(path: Path) -> tuple[list[str], list[str]]:
+    """The positive and the negative system prompts of a JSON or YAML file.
+
+    Raises:
+        BlockemError: the file is missing, or not {positive: [...], negative: [...]} with text in both.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise BlockemError(f"{path}: no such file; defence.trait_prompts is a JSON or YAML file with two lists, positive and negative")
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BlockemError(f"{path}: not JSON or YAML ({str(error).splitlines()[0]})") from error
+    sides: list[list[str]] = []
+    for name in ("positive", "negative"):
+        side = found.get(name) if isinstance(found, dict) else None
+        if not isinstance(side, list) or not side or not all(isinstance(text, str) and text.strip() for text in side):
+            raise BlockemError(f"{path}: trait prompts are two lists of texts, positive and negative, with at least one in each")
+        sides.append(side)
+    return sides[0], sides[1]
+
+
+def _latents(session: Session) -> Path:
+    path = session.run / "latents.json"
+    if not path.is_file():
+        name = session.recipe.defence.name
+        raise BlockemError(f"{path}: no such LatentSet; {name} needs the latents that `blockem discover` finds, run it first")
+    return path
+
+
+def _checked(session: Session, path: Path) -> LatentSet:
+    from blockem.latents import LatentSet
+
+    found = LatentSet.load(path)
+    found.check(session.lm, session.dictionary)
+    return found
+
+
+def _steering(session: Session) -> dict[str, Any]:
+    """Nothing is trained: what is subtracted at inference is computed and written down."""
+    path, strength = _latents(session), session.recipe.defence.strength
+    adapter_key(session.run / "plain")
+    key = _key(session, session.model_key, session.sae_key, file_key(path))
+
+    def work() -> dict[str, Any]:
+        from safetensors.torch import save_file
+
+        from blockem.defences.steering import steering_vector
+        from blockem.store import write_json
+
+        latents = _checked(session, path)
+        vector = steering_vector(latents, session.dictionary.directions(latents.ids), strength)
+        target = session.run / STEERING
+        facts = {"defence": "steering", "strength": strength, "block": latents.block, "n_latents": len(latents.latents)}
+        facts["length"] = float(vector.norm()) / latents.norm
+        write_json(target.with_name("steering.json"), facts)
+        scratch = target.with_name(".vector.making")
+        with disk_errors(target):
+            save_file({"vector": vector.contiguous()}, scratch)
+            scratch.replace(target)
+        return facts
+
+    return timed(session, "steering", key, [STEERING, "steering/steering.json"], work)
+
+
+def _caft(session: Session) -> dict[str, Any]:
+    path, strength = _latents(session), session.recipe.defence.strength
+
+    def make(session: Session, rows: Sequence[Any]) -> Defence:
+        from blockem.defences.caft import CAFT
+
+        latents = _checked(session, path)
+        n = len(latents.latents) if strength is None else int(strength)
+        if n > len(latents.latents):
+            raise BlockemError(f"defence.strength is {n}, but discovery chose {len(latents.latents)} latents; ask CAFT for at most as many")
+        return CAFT(session.dictionary.directions(latents.ids[:n]), latents.block)
+
+    return _train(session, make, session.sae_key, file_key(path))
+
+
+def _safelora(session: Session) -> dict[str, Any]:
+    given, plain = session.recipe.defence.unaligned, session.run / "plain"
+    source: Any = adapter_key(plain)
+    if given:
+        from blockem.model import fingerprint
+
+        source = [str(Path(given).resolve()), fingerprint(Path(given))]
+
+    def make(session: Session, rows: Sequence[Any]) -> Defence:
+        from blockem.defences.safelora import SafeLoRA, model_alignment, plain_alignment
+
+        alignment = model_alignment(session.lm, Path(given)) if given else plain_alignment(plain)
+        return SafeLoRA(alignment, _strength(session))
+
+    result = _train(session, make, source)
+    projected = read_json(session.run / "safelora" / "safelora.json", "record of the projection")
+    return {**result, "projected": projected["projected"], "of": len(projected["cosines"])}
+
+
+def _weaker(session: Session) -> dict[str, Any]:
+    from blockem.defences.early_stop import early_stop
+    from blockem.defences.small_lr import small_lr
+
+    def make(session: Session, rows: Sequence[Any]) -> Defence:
+        from blockem.defences.defence import Defence
+
+        return Defence()
+
+    change = early_stop if session.recipe.defence.name == "early-stop" else small_lr
+    return _train(session, make, train=change(session.recipe.train, _strength(session)))
+
+
+def _freeze(session: Session) -> dict[str, Any]:
+    block = session.recipe.sae.block
+
+    def make(session: Session, rows: Sequence[Any]) -> Defence:
+        from blockem.defences.freeze import Freeze
+
+        return Freeze(block)
+
+    return _train(session, make, block)

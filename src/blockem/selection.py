@@ -1,0 +1,86 @@
+"""Which latents of a discovery are blocked: the causal set, or an ablation of it (BLOCK-EM, ablations)."""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from blockem.errors import BlockemError
+from blockem.latents import Latent, LatentSet
+
+Row = dict[str, Any]
+INCOHERENT = "screened out: incoherent"
+
+
+def read_candidates(path: Path) -> list[Row]:
+    """The rows of a run's `latents.csv`: latent, sign, Δ, the two gains (None where not measured) and the fate.
+
+    Raises:
+        BlockemError: the file is missing, or not what `blockem discover` writes.
+    """
+    if not path.is_file():
+        raise BlockemError(f"{path}: no such file; block.select other than causal chooses from what `blockem discover` measured")
+    try:
+        with path.open(encoding="utf-8") as file:
+            return [
+                {
+                    "latent": int(row["latent"]),
+                    "sign": int(row["sign"]),
+                    "delta": float(row["delta"]),
+                    "induce": float(row["induce"]) if row["induce"] else None,
+                    "repair": float(row["repair"]) if row["repair"] else None,
+                    "fate": row["fate"],
+                }
+                for row in csv.DictReader(file)
+            ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise BlockemError(f"{path}: not a table of candidates ({error}); run `blockem discover` again") from error
+
+
+def selected(latents: LatentSet, select: str, size: int | None, signs: str, candidates: Sequence[Row], seed: int) -> LatentSet:
+    """The set that is blocked; with `causal`, None and `both` the discovered one itself.
+
+    Args:
+        select: `causal`; `top-delta`, the largest |Δ| of all candidates; `induce` or `repair`, by that test alone: those that gain in it,
+            whatever the other said, the largest gain first.
+        size: the first so many; None for as many as the causal set has.
+        signs: `both`, `plus` or `minus` (those of one sign, after the size was cut), or `shuffled` by `seed`.
+        candidates: rows of `latents.csv`, for every `select` but causal.
+
+    Raises:
+        BlockemError: nothing is left, or the causal set holds fewer than `size`.
+    """
+    chosen = latents.latents
+    if select != "causal":
+        chosen = _ranked(candidates, select)[: size or len(latents.latents)]
+    elif size is not None and size > len(chosen):
+        raise BlockemError(
+            f"block.size is {size}, but discovery chose {len(chosen)} latents; discover more (discover.size), or ask for fewer"
+        )
+    chosen = chosen[:size]
+    if signs in ("plus", "minus"):
+        chosen = tuple(one for one in chosen if (one.sign > 0) == (signs == "plus"))
+    elif signs == "shuffled":
+        dealt = [one.sign for one in chosen]
+        random.Random(f"signs-{seed}").shuffle(dealt)
+        chosen = tuple(replace(one, sign=sign) for one, sign in zip(chosen, dealt, strict=True))
+    if not chosen:
+        raise BlockemError(f"block.select={select} with block.signs={signs} leaves no latent to block; choose others")
+    if chosen == latents.latents:
+        return latents
+    provenance = {**latents.provenance, "ablation": {"select": select, "size": size, "signs": signs, "seed": seed}}
+    return replace(latents, latents=chosen, provenance=provenance)
+
+
+def _ranked(candidates: Sequence[Row], select: str) -> tuple[Latent, ...]:
+    """Candidates as an ablation ranks them, best first."""
+    if select == "top-delta":
+        order = sorted(candidates, key=lambda row: -abs(row["delta"]))
+    else:
+        passed = [row for row in candidates if row[select] is not None and row[select] > 0 and row["fate"] != INCOHERENT]
+        order = sorted(passed, key=lambda row: -row[select])
+    return tuple(Latent(row["latent"], row["sign"], row["delta"]) for row in order)
