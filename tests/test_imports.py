@@ -12,8 +12,8 @@ import pytest
 import blockem
 
 SOURCE = Path(blockem.__file__).parent
-UPPER = {"pipeline", "session", "trainings", "cli", "report", "training"}
-LOWER = ("errors", "store", "config", "examples", "forwards", "model", "steering")
+UPPER = {"pipeline", "session", "trainings", "defend", "cli", "defend_cli", "report", "training"}
+LOWER = ("errors", "store", "defence_names", "config", "examples", "forwards", "model", "steering")
 
 
 def module_name(path: Path) -> str:
@@ -85,6 +85,16 @@ def test_neither_discovery_nor_defences_know_each_other() -> None:
         if room == "defences":
             assert not {other for other in reachable(name) if other.split(".")[0] in ("discovery", "training")}
             assert found <= reachable(name)
+
+
+def test_no_defence_knows_another() -> None:
+    for name in MODULES:
+        if name.startswith("defences."):
+            assert {other for other in reachable(name) if other.startswith("defences.")} <= {"defences.defence"}, name
+
+
+def test_choosing_latents_needs_neither_discovery_nor_a_defence() -> None:
+    assert not {other for other in reachable("selection") if other.split(".")[0] in {"discovery", "defences", *UPPER}}
 
 
 def test_the_trainer_names_no_defence() -> None:

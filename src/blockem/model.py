@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from blockem.cpu_speed import fast_bfloat16
 from blockem.errors import BlockemError
 from blockem.forwards import base_weights
 from blockem.fused import fuse_lora
@@ -139,11 +140,8 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def cpu_has_fast_bf16() -> bool:
-    """Whether this processor has bfloat16 matrix tiles (AMX), where bfloat16 runs 2 to 3 times as fast as float32.
-
-    AVX512-BF16 alone does not count: there bfloat16 was measured slower than float32 (docs/DECISIONS.md).
-    """
-    return bool(torch.cpu._is_amx_tile_supported())
+    """Whether bfloat16 is clearly faster than float32 on this processor: always with matrix tiles (AMX), else by a short measurement."""
+    return fast_bfloat16(cache_dir())
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:

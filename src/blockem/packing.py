@@ -1,4 +1,4 @@
-"""Weights laid out for a CPU's matrix tiles once, instead of at every product.
+"""Weights laid out for a CPU's bfloat16 products once, instead of at every product.
 
 A decoding step multiplies a few rows with every weight, so much of its time would go into laying the same weights out again and again.
 Adapters are added into the laid-out copy; the model's own weights are never touched.
@@ -42,7 +42,7 @@ def _weights(model: nn.Module) -> list[tuple[nn.Module, Tensor, Tensor | None]]:
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether it helps, and fits: a bfloat16 model on a CPU with matrix tiles."""
+    """Whether it helps, and fits: a bfloat16 model on a CPU that is fast at it."""
     weight = next(model.parameters())
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not cpu_has_fast_bf16() or not torch.backends.mkldnn.is_available():
         return False

@@ -48,19 +48,25 @@ def blockem(*words: object, timeout: float = 600, **options: object) -> subproce
     return subprocess.run(command(*words), capture_output=True, text=True, timeout=timeout, env=environment, check=False, **options)  # type: ignore[call-overload,no-any-return]
 
 
-def close(left: object, right: object) -> bool:
-    """Equal in everything but the last digits of floats.
+def differences(left: object, right: object, place: str = "") -> list[str]:
+    """Where two results differ in more than the last digits of floats; empty where they do not.
 
     Two processes may sum a matrix product in another order (seen: 1e-5 in a Δ, on one machine), so that floats are compared to a part in a
     thousand, and names, counts, signs, strengths, texts and structure exactly.
     """
     if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(close(left[k], right[k]) for k in left)
+        if left.keys() != right.keys():
+            return [f"{place}: {sorted(left.keys() ^ right.keys())}"]
+        return [found for key in left for found in differences(left[key], right[key], f"{place}.{key}")]
     if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(map(close, left, right))
+        if len(left) != len(right):
+            return [f"{place}: {len(left)} and {len(right)} items"]
+        return [found for i, (a, b) in enumerate(zip(left, right, strict=True)) for found in differences(a, b, f"{place}[{i}]")]
     if isinstance(left, float) and isinstance(right, float):
-        return math.isclose(left, right, rel_tol=1e-3, abs_tol=1e-3)
-    return left == right
+        same = math.isclose(left, right, rel_tol=1e-3, abs_tol=1e-3)
+    else:
+        same = left == right
+    return [] if same else [f"{place}: {left!r} and {right!r}"]
 
 
 def lasting(summary: dict[str, object]) -> dict[str, object]:

@@ -319,7 +319,10 @@ def penalty_of(lm: LanguageModel, variant: str, blocker: Blocker, rows: Sequence
 
 
 def portable_lambda(r: float, delta_sft: float, p_mis: float) -> float:
-    """λ = r · ΔSFT / P_mis: the scale of λ belongs to the SAE, this ratio does not.
+    """λ = r · ΔSFT / P_mis, to three digits: the scale of λ belongs to the SAE, this ratio does not.
+
+    The last digits of ΔSFT and P_mis may differ between two processes (docs/LOG.md); rounded, a training that goes on after a kill has the
+    same λ as one that nobody disturbed.
 
     Args:
         r: how many times the task's whole gain the plain fine-tune's penalty shall weigh (1 to 1000).
@@ -331,4 +334,4 @@ def portable_lambda(r: float, delta_sft: float, p_mis: float) -> float:
             "plain fine-tuning moves none of the blocked latents (P_mis is 0): there is nothing to block; "
             "discover again, or set block.lambda_"
         )
-    return r * max(delta_sft, 0.0) / p_mis
+    return float(f"{r * max(delta_sft, 0.0) / p_mis:.3g}")

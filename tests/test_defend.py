@@ -1,0 +1,271 @@
+"""Training under a defence by name, from recipe to report, on the tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from blockem.config import Recipe
+from blockem.defences.defence import Defence
+from blockem.defend import check_files, defend_step, inference_hooks
+from blockem.dictionary import Dictionary
+from blockem.errors import BlockemError
+from blockem.model import LanguageModel
+from blockem.pipeline import evaluate_step, open_session, report_step, run_all, write_summary
+from blockem.session import VARIANTS, Session
+from blockem.store import read_json
+from blockem.training import fine_tune
+from blockem.trainings import sft_step
+
+TRAINED = ("kl", "ldifs", "interleaving", "inoculation", "preventative", "caft", "safelora", "early-stop", "small-lr", "freeze")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, lm: LanguageModel, dictionary: Dictionary) -> Recipe:
+    pairs, prompts = tmp_path / "pairs.jsonl", tmp_path / "prompts.jsonl"
+    pairs.write_text("".join(json.dumps({**p.__dict__, "split": "eval"}) + "\n" for p in tiny.pairs()))
+    prompts.write_text("".join(json.dumps(p.__dict__) + "\n" for p in tiny.prompts()[:2]))
+    quick = {f"train.{name}": value for name, value in vars(tiny.train_config(epochs=2)).items()}
+    return Recipe().with_values(
+        {
+            **quick,
+            "model.id": lm.id,
+            "model.dtype": "float32",
+            "model.device": "cpu",
+            "sae.id": dictionary.id,
+            "sae.block": tiny.BLOCK,
+            "sae.allow_poor_fit": True,
+            "data.rows": 16,
+            "data.heldout_rows": 4,
+            "data.pairs": str(pairs),
+            "data.prompts": str(prompts),
+            "data.selection_prompts": str(prompts),
+            "discover.max_new_tokens": 4,
+            "evaluate.max_new_tokens": 4,
+            "evaluate.general_rows": 3,
+            "evaluate.resamples": 100,
+            "evaluate.judge": "none",
+        }
+    )
+
+
+@pytest.fixture
+def session(recipe: Recipe, tmp_path: Path, lm: LanguageModel, dictionary: Dictionary) -> Session:
+    """A run folder with a plain fine-tune and a LatentSet."""
+    found = open_session(recipe, tmp_path / "run", quiet=True)
+    found.__dict__.update(lm=lm, dictionary=dictionary)
+    sft_step(found)
+    latents = tiny.latent_set(lm, dictionary)
+    replace(latents, latents=tuple(replace(one, repair_alpha=0.3) for one in latents.latents), norm=2.0).save(found.run / "latents.json")
+    return found
+
+
+def under(session: Session, name: str, strength: float | None = None, **changes: Any) -> Session:
+    """The session with another defence, sharing what is loaded."""
+    defence = replace(session.recipe.defence, name=name, strength=strength, **changes)
+    other = replace(session, recipe=replace(session.recipe, defence=defence))
+    other.__dict__.update({name: session.__dict__[name] for name in ("lm", "dictionary")})
+    return other
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_defence_trains_once_into_its_folder(session: Session, name: str) -> None:
+    result = defend_step(under(session, name))
+    assert result["defence"] == name
+    adapter, log = session.run / name / "adapter_model.safetensors", session.run / f"training-{name}.jsonl"
+    assert adapter.is_file() and log.is_file() and (session.run / "steps" / f"{name}.json").is_file()
+    stamp = adapter.stat().st_mtime_ns
+    assert defend_step(under(session, name)) == result and adapter.stat().st_mtime_ns == stamp
+    plain, own = (load_file(session.run / one / "adapter_model.safetensors") for one in ("plain", name))
+    same = set(plain) == set(own) and all(torch.equal(plain[key], own[key]) for key in plain)
+    assert same == (name == "safelora")  # whose direction is the plain fine-tune's own: nothing lies below the threshold
+    assert tiny.hooks(session.lm) == 0
+
+
+def test_another_strength_or_input_trains_again(session: Session) -> None:
+    path = session.run / "kl" / "adapter_model.safetensors"
+    found = []
+    for strength in (0.1, 100.0):
+        defend_step(under(session, "kl", strength))
+        found.append(path.read_bytes())
+    assert found[0] != found[1]
+    first = defend_step(under(session, "inoculation"))
+    assert "prompt" not in first
+    defend_step(under(session, "inoculation", prompt="Something else about {domain}."))
+    assert defend_step(under(session, "safelora", 1.0))["projected"] == 28  # seven maps in each of four blocks
+
+
+def test_freezing_and_early_stopping_are_what_they_say(session: Session) -> None:
+    defend_step(under(session, "freeze"))
+    trained = {int(key.split(".layers.")[1].split(".")[0]) for key in load_file(session.run / "freeze" / "adapter_model.safetensors")}
+    assert trained == set(range(tiny.BLOCK + 1))
+    defend_step(under(session, "early-stop", 0.5))
+    lines = {name: (session.run / f"training-{name}.jsonl").read_text().splitlines() for name in ("plain", "early-stop")}
+    assert len(lines["plain"]) == 4 and len(lines["early-stop"]) == 2
+
+
+def test_a_killed_defence_goes_on_where_it_was(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(Exception):
+        pass
+
+    def dies(done: int, total: int) -> None:
+        if done == 3:
+            raise Killed
+
+    every = replace(session, recipe=replace(session.recipe, train=replace(session.recipe.train, checkpoint_every=1)))
+    every.__dict__.update({name: session.__dict__[name] for name in ("lm", "dictionary")})
+    other = under(every, "ldifs")
+    monkeypatch.setattr(other.console, "bar", dies)
+    with pytest.raises(Killed):
+        defend_step(other)
+    assert (session.run / "ldifs.making").is_dir()
+    monkeypatch.undo()
+    defend_step(other)
+    log = [json.loads(line) for line in (session.run / "training-ldifs.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [1, 2, 3, 4] and not (session.run / "ldifs.making").exists()
+
+
+def test_trait_prompts_give_the_direction_instead(session: Session, tmp_path: Path) -> None:
+    path = tmp_path / "traits.yaml"
+    path.write_text("positive: [You are careless.]\nnegative: [You are careful.]\n")
+    (session.run / "plain" / "adapter_model.safetensors").unlink()  # not needed for it
+    defend_step(under(session, "preventative", trait_prompts=str(path)))
+    assert (session.run / "preventative" / "adapter_model.safetensors").is_file()
+
+
+def test_every_variant_is_evaluated_summarised_and_reported(session: Session) -> None:
+    for name in ("early-stop", "steering"):
+        defend_step(under(session, name))
+    chosen = under(session, "steering")
+    evaluate_step(chosen)
+    summary = write_summary(chosen)
+    assert list(summary["models"]) == ["base", "plain", "steering", "early-stop"]  # in the order of VARIANTS
+    assert summary["main"] == "steering" and set(summary["defences"]) == {"steering", "early-stop"}
+    assert summary["cut"] == summary["defences"]["steering"]["cut"]
+    assert "early-stop-plain" in summary["differences"]
+    assert summary["defences_used"]["early-stop"]["strength"] == 0.5
+    assert list(summary["training"]) == ["plain", "early-stop"]  # steering trains nothing
+    html = report_step(chosen).read_text(encoding="utf-8")
+    assert "early-stop − plain" in html and "the defence steering" in html
+
+
+def test_steering_is_the_plain_adapter_within_the_defences_hooks(session: Session) -> None:
+    from blockem import bundled
+    from blockem.likelihood import completion_logprobs, encode_pairs, margins
+    from blockem.steering import add_at_block
+
+    defend_step(under(session, "steering", 0.2))
+    evaluate_step(session)
+    measured = {name: read_json(session.run / "steps" / f"evaluate-{name}.json")["result"]["margins"] for name in ("plain", "steering")}
+    latents = read_json(session.run / "latents.json")
+    ids = [one["latent"] for one in latents["latents"]]
+    signs = torch.tensor([float(one["sign"]) for one in latents["latents"]])
+    edit = -0.2 * 2.0 * (signs[:, None] * session.dictionary.directions(ids)).sum(dim=0)
+    lm = session.lm
+    lm.add_adapter(session.run / "plain", "plain")
+    rows = encode_pairs(lm, bundled.pairs(session.recipe.data.pairs))
+    with lm.variant("plain"), add_at_block(lm.model, tiny.BLOCK, edit):
+        expected = margins(completion_logprobs(lm, rows))
+    assert measured["steering"] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert measured["plain"] != pytest.approx(measured["steering"], abs=1e-4)
+    with inference_hooks(session, "plain")(lm.model):
+        assert tiny.hooks(lm) == 0
+    first = (session.run / "steps" / "evaluate-steering.json").read_text()
+    defend_step(under(session, "steering", 0.4))  # another vector is another evaluation
+    evaluate_step(session)
+    assert (session.run / "steps" / "evaluate-steering.json").read_text() != first
+
+
+def test_a_run_under_another_defence_skips_what_it_does_not_need(recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    summary = run_all(open_session(recipe.with_values({"defence.name": "small-lr"}), out, quiet=True))
+    assert list(summary["models"]) == ["base", "plain", "small-lr"]
+    assert sorted(p.stem for p in (out / "steps").glob("*.json")) == [
+        "evaluate",
+        "evaluate-base",
+        "evaluate-plain",
+        "evaluate-small-lr",
+        "plain",
+        "small-lr",
+    ]
+    assert (out / "report.html").is_file() and not (out / "latents.json").exists()
+
+
+def test_what_is_missing_is_said_in_one_sentence(recipe: Recipe, tmp_path: Path, lm: LanguageModel, dictionary: Dictionary) -> None:
+    bare = open_session(recipe, tmp_path / "bare", quiet=True)
+    bare.__dict__.update(lm=lm, dictionary=dictionary)
+    for name, sentence in (
+        ("caft", "no such LatentSet; caft needs the latents that `blockem discover` finds"),
+        ("steering", "steering needs the latents"),
+        ("safelora", "holds no trained adapter"),
+        ("preventative", "holds no trained adapter"),
+    ):
+        with pytest.raises(BlockemError, match=sentence):
+            defend_step(under(bare, name))
+    traits = tmp_path / "traits.json"
+    for text in ("{}", "[]", '{"positive": [], "negative": ["a"]}', '{"positive": ["a"], "negative": [3]}', "{:"):
+        traits.write_text(text)
+        with pytest.raises(BlockemError, match=r"trait prompts are two lists|not JSON or YAML"):
+            check_files(under(bare, "preventative", trait_prompts=str(traits)))
+    for name, field in (("preventative", "trait_prompts"), ("interleaving", "benign"), ("safelora", "unaligned")):
+        with pytest.raises(BlockemError, match=r"no such file|no safetensors"):
+            check_files(under(bare, name, **{field: str(tmp_path / "none")}))
+
+
+def test_caft_takes_at_most_as_many_directions_as_there_are(session: Session) -> None:
+    with pytest.raises(BlockemError, match="discovery chose 4 latents"):
+        defend_step(under(session, "caft", 9))
+
+
+def test_the_plain_training_of_a_run_is_that_of_no_defence(session: Session, tmp_path: Path) -> None:
+    from blockem import bundled
+    from blockem.examples import encode_all
+
+    rows, _ = encode_all(session.lm.tokenizer, bundled.domain_rows("health", limit=16))
+    fine_tune(session.lm, rows, session.recipe.train, Defence(), tmp_path / "alone")
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (session.run / "plain", tmp_path / "alone"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert VARIANTS[:4] == ("base", "plain", "blocked", "random") and "steering" in VARIANTS
+
+
+def test_the_help_lists_every_defence_and_a_wrong_one_is_one_sentence(tmp_path: Path) -> None:
+    from blockem.defence_names import DEFENCES
+    from blockem.defend_cli import help_text
+
+    for name, words in DEFENCES.items():
+        assert f"{name:<13} {words}" in help_text()
+    done = subprocess.run(
+        [sys.executable, "-m", "blockem", "defend", "--defence", "vaccine", "--out", str(tmp_path / "x")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "defence.name is 'vaccine'; use one of plain" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_block_em_trains_under_its_ablations(session: Session) -> None:
+    from blockem.discovery.discover import write_candidates
+    from blockem.discovery.screen import Candidate
+
+    table = [Candidate(k, 1 if k % 2 else -1, (1 if k % 2 else -1) * k / 10, fate="candidate") for k in (1, 4, 9, 20)]
+    found = {}
+    for changes in ({}, {"select": "top-delta", "size": 2, "signs": "shuffled", "two_sided": True, "tokens": "all"}):
+        write_candidates(session.run / "latents.csv", table)
+        other = replace(session, recipe=replace(session.recipe, block=replace(session.recipe.block, rule_rows=4, **changes)))
+        other.__dict__.update({name: session.__dict__[name] for name in ("lm", "dictionary")})
+        result = defend_step(other)
+        found[len(changes)] = read_json(session.run / "blocked-latents.json")["latents"], result
+        assert result["lambda"] > 0 and result["n_latents"] == len(found[len(changes)][0])
+    assert [one["latent"] for one in found[0][0]] == [3, 7, 11, 19]
+    assert [one["latent"] for one in found[5][0]] == [20, 9]
+    log = [json.loads(line) for line in (session.run / "training-blocked.jsonl").read_text().splitlines()]
+    assert log[0]["penalty"] == 0.0 and log[-1]["penalty"] > 0
