@@ -210,6 +210,10 @@ class BlockConfig:
     """Let λ follow during training: so much of the penalty that plain fine-tuning would pay is allowed, such as 0.01."""
     floor: float | None = None
     """Or: as much λ as leaves this share of what plain fine-tuning learns, such as 0.9."""
+    monitor_every: int = 0
+    """Look every so many steps whether the shift goes around the blocked latents, and warn (0: never)."""
+    grow: int = 0
+    """With the monitor: add up to so many latents to the blocked ones at each look that finds it going around."""
     base_values: str = "cached"
     """`cached`: the base's latents are computed once, before training, and kept; `online`: anew each step, for data seen once."""
     select: str = "causal"
@@ -228,6 +232,10 @@ class BlockConfig:
         need(not self.directions or self.control == "none", "block.control=random draws latents; it does not go with block.directions")
         need(self.base_values in ("cached", "online"), f"block.base_values is {self.base_values!r}; use cached or online")
         need(self.lambda_ is None or self.lambda_ >= 0, f"block.lambda_ is {self.lambda_}; it must not be negative")
+        need(self.monitor_every >= 0, f"block.monitor_every is {self.monitor_every}; use 0 for never")
+        need(self.grow >= 0, f"block.grow is {self.grow}; it must not be negative")
+        need(not self.grow or self.monitor_every > 0, "block.grow adds what the monitor finds; set block.monitor_every too")
+        need(not self.monitor_every or not self.directions, "block.monitor_every watches latents; it does not go with block.directions")
         need(self.ceiling is None or self.ceiling > 0, f"block.ceiling is {self.ceiling}; it must be positive")
         need(self.floor is None or 0 < self.floor < 1, f"block.floor is {self.floor}; it is a share of the task, between 0 and 1")
         need(self.ceiling is None or self.floor is None, "block.ceiling and block.floor both steer λ; set one of them")

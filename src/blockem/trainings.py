@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,14 @@ from blockem.store import claim_scratch, content_key, file_key, write_jsonl
 if TYPE_CHECKING:
     from blockem.config import TrainConfig
     from blockem.defences.block_em import Blocker
+    from blockem.defences.defence import Defence
+    from blockem.defences.watchdog import Watchdog
     from blockem.dual import DualAscent, PlainCurve
     from blockem.examples import Example
     from blockem.latents import LatentSet
 
+MONITORED_ROWS = 16
+"""Held-out rows that the monitor looks at: about 700 answer tokens, a fraction of a training step."""
 Make = Callable[[Session, Sequence[Any]], tuple[Any, dict[str, Any]]]
 
 
@@ -147,11 +151,14 @@ def block_step(session: Session, latents_file: Path | None = None, misaligned: P
             facts["base_values_seconds"] = _keep_base_values(session, name, blocker, rows)
         session.console.say(f"  λ = {facts['lambda']:.4g} ({facts['rule']}), {what}")
         ascent, curve = _ascent(session, facts, losses.get("base"))
-        defence = BlockEM(blocker, facts["lambda"], config.freeze_downstream, facts["p_mis"], ascent, curve)
-        if recipe.anchor.on == "none":
-            return defence, facts
-        anchor, facts["anchor"] = make_anchor(session, adapter, facts["delta_sft"] or 0.0, blocker)
-        return Together([defence, anchor]), facts
+        parts: list[Defence] = [BlockEM(blocker, facts["lambda"], config.freeze_downstream, facts["p_mis"], ascent, curve)]
+        if config.monitor_every:
+            facts["grown"] = []
+            parts.append(_watchdog(session, name, blocker, adapter, facts["grown"]))
+        if recipe.anchor.on != "none":
+            anchor, facts["anchor"] = make_anchor(session, adapter, facts["delta_sft"] or 0.0, blocker)
+            parts.append(anchor)
+        return Together(parts) if len(parts) > 1 else parts[0], facts
 
     return train_step(session, name, extra, make)
 
@@ -178,6 +185,37 @@ def _ascent(session: Session, facts: dict[str, Any], start: float | None) -> tup
             raise BlockemError(f"{path}: no such file; block.floor compares with plain fine-tuning's own losses, run `blockem sft` first")
         curve = PlainCurve(start, [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
     return DualAscent(facts["lambda"], target, floor=config.floor is not None), curve
+
+
+def _watchdog(session: Session, name: str, blocker: Blocker, adapter: Path, grown: list[Any]) -> Watchdog:
+    """The monitor beside a training; `grown` gets a row whenever it adds latents, and the set beside the adapter is written anew."""
+    from blockem.defences.watchdog import Watchdog
+    from blockem.discovery.attribution import margin_gradient
+    from blockem.examples import encode_all
+    from blockem.latents import Latent, LatentSet
+    from blockem.reemergence.monitor import Monitor
+
+    recipe, lm = session.recipe, session.lm
+    config, data = recipe.block, recipe.data
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise BlockemError("block.monitor_every compares with plain fine-tuning, and there is none; run `blockem sft` first")
+    heldout = bundled.heldout_rows(data.domain, data.heldout, data.heldout_rows)[:MONITORED_ROWS]
+    rows, _ = encode_all(lm.tokenizer, heldout, data.max_tokens)
+    lm.drop_adapters()
+    lm.add_adapter(adapter, "plain")
+    gradient = margin_gradient(lm, session.selection_pairs(), recipe.sae.block, "plain") if config.grow else None
+    monitor = Monitor(lm, rows, recipe.sae.block, session.dictionary, gradient)
+    lm.drop_adapters()
+    file = session.run / f"{name}-latents.json"
+    blocked = LatentSet.load(file)
+
+    def added(step: int, new: list[tuple[int, int]]) -> None:
+        grown.append({"step": step, "latents": [list(one) for one in new]})
+        known = LatentSet.load(file)
+        replace(known, latents=known.latents + tuple(Latent(k, sign) for k, sign in new if k not in known.ids)).save(file)
+
+    pairs = list(zip(blocked.ids, blocked.signs, strict=True))
+    return Watchdog(blocker, monitor, session.dictionary, pairs, config.monitor_every, config.grow, session.console.say, added)
 
 
 def _latent_blocker(session: Session, latents: LatentSet, name: str, deltas_file: Path) -> tuple[Blocker, str]:

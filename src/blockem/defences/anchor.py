@@ -13,19 +13,21 @@ in the misaligned direction.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from blockem.base_values import row_digest
-from blockem.defences.block_em import Blocker
 from blockem.defences.defence import Defence
 from blockem.dual import DualAscent
 from blockem.examples import IGNORED, Encoded, right_padded
 from blockem.forwards import base_weights, decoder, hidden_at_each
 from blockem.head import supervised_logprobs
+
+if TYPE_CHECKING:
+    from blockem.defences.block_em import Blocker
 
 
 def drawn(batch: dict[str, Tensor], n: int, share: float) -> tuple[list[int], Tensor]:

@@ -136,6 +136,13 @@ class Blocker:
             watches.append(Watch(EncoderRows(weights, torch.zeros(len(weights))), signs, block, linear=True))
         return cls.over(watches, base=base)
 
+    def grow(self, rows: EncoderRows, signs: Sequence[int], block: int) -> None:
+        """Block more latents from now on, at a block that is watched already; values computed before hold none of them and are let go."""
+        if block not in self.blocks:
+            raise ValueError(f"block {block} is not among the watched ones, {self.blocks}")
+        self.watches.append(Watch(rows.to(self.watches[0].rows.weight.device), tuple(signs), block))
+        self.values = None
+
     @property
     def blocks(self) -> list[int]:
         """The watched blocks, each once, in order."""
