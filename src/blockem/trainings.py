@@ -29,7 +29,11 @@ def _plain_defence(session: Session, rows: Sequence[Any]) -> tuple[Any, dict[str
 
 
 def _train(
-    session: Session, name: str, extra_key: str, make: Callable[[Session, Sequence[Any]], tuple[Any, dict[str, Any]]]
+    session: Session,
+    name: str,
+    extra_key: str,
+    make: Callable[[Session, Sequence[Any]], tuple[Any, dict[str, Any]]],
+    keep_epochs: bool = False,
 ) -> dict[str, Any]:
     recipe = session.recipe
     key = content_key(name, session.model_key, session.data_key, asdict(recipe.train), recipe.seed, extra_key)
@@ -45,18 +49,21 @@ def _train(
         claim_scratch(session.run / f"{name}.making", key)
         defence, facts = make(session, rows)
         session.console.start(f"{name}: steps")
-        log = fine_tune(session.lm, rows, recipe.train, defence, session.run / name, recipe.seed, session.console.bar)
+        log = fine_tune(session.lm, rows, recipe.train, defence, session.run / name, recipe.seed, session.console.bar, keep_epochs)
         write_jsonl(session.run / f"training-{name}.jsonl", log)
         return {"data": asdict(report), **facts}
 
-    return timed(session, name, key, [f"{name}/adapter_model.safetensors", f"training-{name}.jsonl"], work)
+    kept = [f"{name}/epoch-{epoch}/adapter_model.safetensors" for epoch in range(1, int(recipe.train.epochs) + 1)] if keep_epochs else []
+    return timed(session, name, key, [f"{name}/adapter_model.safetensors", f"training-{name}.jsonl", *kept], work)
 
 
-def block_step(session: Session, latents_file: Path | None = None, misaligned: Path | None = None) -> dict[str, Any]:
+def block_step(
+    session: Session, latents_file: Path | None = None, misaligned: Path | None = None, keep_epochs: bool = False
+) -> dict[str, Any]:
     """Fine-tune again with the latents blocked; under `block.control: random`, with matched random ones; or with directions blocked.
 
     The adapter goes to `blocked` (or `random`). The portable λ and directions need the misaligned adapter, to see what it gained and would
-    pay, and how it moves the stream.
+    pay, and how it moves the stream. With `keep_epochs` the adapter of each epoch stays in `blocked/epoch-1`, …
     """
     from blockem.latents import LatentSet
 
@@ -119,7 +126,7 @@ def block_step(session: Session, latents_file: Path | None = None, misaligned: P
         session.console.say(f"  λ = {facts['lambda']:.4g} ({facts['rule']}), {what}")
         return BlockEM(blocker, facts["lambda"], config.freeze_downstream, facts["p_mis"]), facts
 
-    return _train(session, name, extra, make)
+    return _train(session, name, extra, make, keep_epochs)
 
 
 def _latent_blocker(session: Session, latents: LatentSet, name: str, deltas_file: Path) -> tuple[Blocker, str]:
