@@ -21,7 +21,7 @@ from blockem.dictionary import Dictionary, measure_fit
 from blockem.errors import BlockemError
 from blockem.evaluation import Interval
 from blockem.examples import encode, template_ids
-from blockem.forwards import block_output, blocks
+from blockem.forwards import block_output, blocks, capture
 from blockem.generation import generate
 from blockem.latents import Latent, LatentSet
 from blockem.likelihood import completion_logprobs, encode_pairs
@@ -157,11 +157,11 @@ def test_decoding_is_patched_as_one_step_at_a_time_would_be(misaligned: Language
 def _last_only(lm: LanguageModel, ids: list[int], source: str, target: str, block: int) -> Tensor:
     tokens = torch.tensor([ids])
     with torch.inference_mode():
-        with lm.variant(source):
-            given = lm.model(input_ids=tokens, output_hidden_states=True).hidden_states[block + 1]
+        with lm.variant(source), capture(blocks(lm.model)[block]) as seen:
+            lm.model(input_ids=tokens)
         where = torch.zeros(1, len(ids), dtype=torch.bool)
         where[0, -1] = True
-        with lm.variant(target), replace_at_block(lm.model, block, given, where):
+        with lm.variant(target), replace_at_block(lm.model, block, seen[0], where):
             found: Tensor = lm.model(input_ids=tokens).logits[0, -1]
     return found
 
@@ -260,8 +260,9 @@ def test_drift_is_the_fit_of_the_dictionary_on_the_same_tokens(misaligned: Langu
     kept = []
     with torch.inference_mode(), lm.variant("base"):
         for row in rows:
-            hidden = lm.model(input_ids=torch.tensor([row.ids]), output_hidden_states=True).hidden_states[tiny.BLOCK + 1][0]
-            kept.append(hidden[torch.tensor(row.supervised)])
+            with capture(blocks(lm.model)[tiny.BLOCK]) as seen:
+                lm.model(input_ids=torch.tensor([row.ids]))
+            kept.append(seen[0][0][torch.tensor(row.supervised)])
     fit = measure_fit(dictionary, torch.cat(kept))
     own = compare(base, resamples=200)
     assert own.variance_explained is not None and own.fall is None
