@@ -181,7 +181,7 @@ def prompts_words(found: Mapping[str, Any]) -> str:
     gap, up, down = (interval(dig(one, key)) for key in ("gap", "upstream", "downstream"))
     if gap is None:
         return ""
-    said = f"On {_whole(dig(one, 'pairs'))} pairs the re-emerged model's margin lies {_between(gap, nats)} nats per token above the base's."
+    said = f"On {_whole(dig(one, 'pairs'))} pairs the re-emerged model's margin minus the base's is {_between(gap, nats)} nats per token."
     if up is not None and down is not None:
         said += f" A patch at one block repairs {_between(up, share)} on average up to the SAE's block, {_between(down, share)} after it."
     return said
