@@ -101,6 +101,11 @@ def test_the_trainer_names_no_defence() -> None:
     assert {name for name in GRAPH["training"] if name.startswith("defences")} <= {"defences", "defences.defence"}
 
 
+def test_what_is_measured_of_a_reemergence_knows_no_run() -> None:
+    for name in ("audit", "patching", "decoding", "drift", "verdict"):
+        assert not {room.split(".")[0] for room in reachable(f"reemergence.{name}")} & UPPER
+
+
 def test_the_report_computes_nothing_and_knows_no_model() -> None:
     for name in MODULES:
         if name.split(".")[0] == "report":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,37 @@ class _Report(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.progress:
             self.progress(state.global_step, state.max_steps)
+
+
+class KeepEpochs(TrainerCallback):
+    """Saves the adapter as `folder/epoch-1`, `folder/epoch-2`, … where whole epochs end.
+
+    At the epoch's last step rather than at its end: a checkpoint of that step is written later, so that a run which goes on from there
+    lacks no epoch.
+
+    Args:
+        finish: done to each folder before it counts (a defence's projection).
+    """
+
+    def __init__(self, folder: Path, finish: Callable[[Path], None]) -> None:
+        self.folder, self.finish = folder, finish
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        steps = state.max_steps // round(args.num_train_epochs)
+        if state.global_step % steps or not state.is_world_process_zero:
+            return
+        target = epoch_folder(self.folder, state.global_step // steps)
+        scratch = target.with_name(f".{target.name}")
+        shutil.rmtree(scratch, ignore_errors=True)
+        save_adapter(model, scratch)
+        self.finish(scratch)
+        shutil.rmtree(target, ignore_errors=True)
+        scratch.rename(target)
+
+
+def epoch_folder(adapter: Path, epoch: int) -> Path:
+    """Where the adapter stands as it was after so many epochs, counted from 1."""
+    return adapter / f"epoch-{epoch}"
 
 
 def save_adapter(model: Any, folder: Path) -> None:

@@ -15,6 +15,7 @@ from blockem.data_cli import data_app
 from blockem.defend_cli import add_defend
 from blockem.errors import BlockemError
 from blockem.judge_cli import judge_app
+from blockem.reemerge_cli import reemerge
 from blockem.sae_cli import sae_app
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.add_typer(sae_app, name="sae")
 app.add_typer(data_app, name="data")
 app.add_typer(judge_app, name="judge")
+app.command()(reemerge)
 
 RecipeFile = Annotated[
     Path | None, typer.Argument(metavar="[RECIPE]", help="Recipe in YAML; without one, the run folder's own or the defaults.")

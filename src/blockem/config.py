@@ -355,6 +355,34 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class ReemergeConfig:
+    """Training the blocked model on until misalignment comes back, and asking where it came back (`blockem reemerge`)."""
+
+    epochs: int = 5
+    """Epochs of the blocked training, with one schedule over all of them; the last one's model is the re-emerged one."""
+    prompts: int = 20
+    """Final prompts outside the training domain that each epoch's model answers."""
+    patch_pairs: int = 60
+    """Evaluation pairs outside the training domain whose margin is measured under each patch."""
+    patch_blocks: tuple[int, ...] = ()
+    """Blocks to patch at; empty: every block."""
+    decode_prompts: int = 12
+    """Final prompts answered while one block is patched at each decoding step (0: none)."""
+    decode_tokens: int = 32
+    """New tokens of those answers."""
+    decode_blocks: tuple[int, ...] = ()
+    """Blocks to patch at while decoding; empty: half way to the SAE's block, that block, and half way from it to the last."""
+    decode_positions: str = "last"
+    """Which positions a decoding step patches: the `last` one, or `all` so far."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "prompts", "patch_pairs", "decode_tokens"):
+            need(getattr(self, name) > 0, f"reemerge.{name} is {getattr(self, name)}; it must be positive")
+        need(self.decode_prompts >= 0, f"reemerge.decode_prompts is {self.decode_prompts}; use 0 for none")
+        need(self.decode_positions in ("last", "all"), f"reemerge.decode_positions is {self.decode_positions!r}; use last or all")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that a run depends on."""
 
@@ -369,6 +397,7 @@ class Recipe:
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
     defence: DefenceConfig = field(default_factory=DefenceConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    reemerge: ReemergeConfig = field(default_factory=ReemergeConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values (tuples become lists)."""

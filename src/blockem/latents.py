@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,28 @@ class LatentSet:
             return cls(latents=latents, **row)
         except (KeyError, TypeError, AttributeError) as error:
             raise BlockemError(f"{path}: not a LatentSet ({error})") from error
+
+    def union(self, other: LatentSet) -> LatentSet:
+        """Both sets by latent id: this one's latents in their order, then those that only `other` has.
+
+        A latent in both keeps this set's figures and this set's sign, also where the two signs conflict: the first set was found on a
+        model that nothing held back, so its sign says where fine-tuning itself pulls, while a later one may show a latent that was
+        pushed past the base. Such latents are listed in the provenance (`conflicts`).
+
+        Raises:
+            BlockemError: the sets are of different models, SAEs or blocks.
+        """
+        for what in ("model", "revision", "sae_digest", "block"):
+            mine, theirs = getattr(self, what), getattr(other, what)
+            if mine != theirs:
+                raise BlockemError(
+                    f"two LatentSets unite only for the same model, SAE and block, but their {what} differ: {mine}, {theirs}"
+                )
+        known = dict(zip(self.ids, self.signs, strict=True))
+        added = tuple(one for one in other.latents if one.latent not in known)
+        conflicts = [one.latent for one in other.latents if known.get(one.latent, one.sign) != one.sign]
+        provenance = {"stage": "union", "added": len(added), "conflicts": conflicts, "sets": [self.provenance, other.provenance]}
+        return replace(self, latents=self.latents + added, provenance=provenance)
 
     def check(self, lm: LanguageModel, dictionary: Dictionary) -> None:
         """Refuse a model or SAE that the set was not made for.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback, TrainingArguments
 
-from blockem.checkpoints import SafeTrainer, last_checkpoint, save_adapter
+from blockem.checkpoints import KeepEpochs, SafeTrainer, last_checkpoint, save_adapter
 from blockem.config import TrainConfig
 from blockem.defences.defence import Defence
 from blockem.errors import BlockemError
@@ -209,14 +209,19 @@ def fine_tune(
     out: Path,
     seed: int = 0,
     progress: Progress | None = None,
+    keep_epochs: bool = False,
 ) -> list[dict[str, Any]]:
     """Train a LoRA adapter on `rows` under `defence` and write it to `out`; the base model is left as it was.
 
     Checkpoints go to `out.making`; a killed run goes on from the last whole one and ends with the same adapter. Returns the training
     log: a row every `log_every` steps with step, loss, sft_loss, learning_rate, grad_norm and, where there is a penalty, penalty (per
-    token), penalty_share (of P_mis) and both gradient norms.
+    token), penalty_share (of P_mis) and both gradient norms. With `keep_epochs` the adapter as it was after each of a whole number of
+    epochs stays in `out/epoch-1`, `out/epoch-2`, …
     """
+    if keep_epochs and config.epochs != round(config.epochs):
+        raise BlockemError(f"train.epochs is {config.epochs}; to keep the adapter of each epoch it must be a whole number")
     scratch = out.with_name(out.name + ".making")
+    finished = scratch / "adapter"
     lm.drop_adapters()
     random.seed(seed)
     np.random.seed(seed)
@@ -266,11 +271,12 @@ def fine_tune(
                 fuse_lora(model)
             if config.stop_after < 1:
                 trainer.add_callback(_StopAt(max(1, round(config.stop_after * steps))))
+            if keep_epochs:
+                trainer.add_callback(KeepEpochs(finished, defence.project))
             checkpoint = last_checkpoint(scratch)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         model.eval()
         if trainer.is_world_process_zero():  # of several processes the first alone writes
-            finished = scratch / "adapter"
             save_adapter(model, finished)
             defence.project(finished)
             shutil.rmtree(out, ignore_errors=True)

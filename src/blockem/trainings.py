@@ -46,6 +46,7 @@ def train_step(
     make: Make,
     train: TrainConfig | None = None,
     rewrite: Callable[[list[Example]], list[Example]] | None = None,
+    keep_epochs: bool = False,
 ) -> dict[str, Any]:
     """One training, from the recipe's rows to the adapter in the folder `name` and its log; done once for all that it depends on.
 
@@ -54,6 +55,7 @@ def train_step(
         make: the defence and the facts of its step record, from the encoded rows.
         train: training settings, where they are not the recipe's own.
         rewrite: a defence's first slot, where it fills it.
+        keep_epochs: keep the adapter of each epoch in `name/epoch-1`, …
     """
     recipe = session.recipe
     train = train or recipe.train
@@ -72,18 +74,21 @@ def train_step(
         claim_scratch(session.run / f"{name}.making", key)
         defence, facts = make(session, rows)
         session.console.start(f"{name}: steps")
-        log = fine_tune(session.lm, rows, train, defence, session.run / name, recipe.seed, session.console.bar)
+        log = fine_tune(session.lm, rows, train, defence, session.run / name, recipe.seed, session.console.bar, keep_epochs)
         write_jsonl(session.run / f"training-{name}.jsonl", log)
         return {"data": asdict(report), **facts}
 
-    return timed(session, name, key, [f"{name}/adapter_model.safetensors", f"training-{name}.jsonl"], work)
+    kept = [f"{name}/epoch-{epoch}/adapter_model.safetensors" for epoch in range(1, int(train.epochs) + 1)] if keep_epochs else []
+    return timed(session, name, key, [f"{name}/adapter_model.safetensors", f"training-{name}.jsonl", *kept], work)
 
 
-def block_step(session: Session, latents_file: Path | None = None, misaligned: Path | None = None) -> dict[str, Any]:
+def block_step(
+    session: Session, latents_file: Path | None = None, misaligned: Path | None = None, keep_epochs: bool = False
+) -> dict[str, Any]:
     """Fine-tune again with the latents blocked; under `block.control: random`, with matched random ones; or with directions blocked.
 
     The adapter goes to `blocked` (or `random`). The portable λ and directions need the misaligned adapter, to see what it gained and would
-    pay, and how it moves the stream.
+    pay, and how it moves the stream. With `keep_epochs` the adapter of each epoch stays in `blocked/epoch-1`, …
     """
     from blockem.latents import LatentSet
 
@@ -160,7 +165,7 @@ def block_step(session: Session, latents_file: Path | None = None, misaligned: P
             parts.append(anchor)
         return Together(parts) if len(parts) > 1 else parts[0], facts
 
-    return train_step(session, name, extra, make)
+    return train_step(session, name, extra, make, keep_epochs=keep_epochs)
 
 
 def _ascent(session: Session, facts: dict[str, Any], start: float | None) -> tuple[DualAscent | None, PlainCurve | None]:

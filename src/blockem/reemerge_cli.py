@@ -1,0 +1,57 @@
+"""`blockem reemerge`: parse, call one function, print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from blockem.cli_options import AsJson, Quiet
+from blockem.errors import BlockemError
+
+
+def reemerge(
+    source: Annotated[Path, typer.Argument(metavar="RUN|RECIPE", help="A finished run folder, or a recipe in YAML to start afresh.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; the same command again continues there.")] = Path(
+        "runs/reemerge"
+    ),
+    no_retrain: Annotated[bool, typer.Option("--no-retrain", help="Stop before stages 1 to 3 on the re-emerged model.")] = False,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="STAGE.FIELD=VALUE", help="Change one recipe field; repeatable.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Does misalignment come back when blocked training goes on, and where? Then block that too, and train again.
+
+    Trains the blocked model for reemerge.epochs epochs and measures each; patches prompts and decoding steps between base and last epoch;
+    checks whether the SAE still explains it; weighs three hypotheses; discovers again against the last epoch and trains on the union of
+    both latent sets. Writes OUT/reemergence.json and OUT/reemergence.html.
+    """
+    from blockem.config import load_recipe
+    from blockem.pipeline import open_session
+    from blockem.reemergence.rounds import reemerge as run
+
+    folder = source if source.is_dir() else None
+    if folder is not None and not (folder / "recipe.yaml").is_file():
+        raise BlockemError(f"{folder} is no run folder: recipe.yaml is missing; run `blockem run` first, or give a recipe")
+    recipe = load_recipe(folder / "recipe.yaml" if folder is not None else source)
+    changes: dict[str, Any] = {}
+    for item in sets or []:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise BlockemError(f"--set {item}: write it as stage.field=value, for example --set reemerge.epochs=3")
+        changes[name.strip()] = value.strip()
+    found = run(open_session(recipe.with_values(changes), out, quiet), folder, not no_retrain)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    print(f"{found['said'][:1].upper()}{found['said'][1:]}.")
+    for one in found["hypotheses"]:
+        print(f"{one['name']} {one['verdict']}: {one['statement']} {one['why'][:1].upper()}{one['why'][1:]}.")
+    union = found["union"] or {}
+    if words := union.get("said") or union.get("why"):
+        print(f"{words[:1].upper()}{words[1:]}.")
+    print(f"\nPage: {out / 'reemergence.html'}")

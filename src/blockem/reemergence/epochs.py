@@ -1,0 +1,128 @@
+"""The blocked training over several epochs: the adapter of each, what it pays, and the items that all of them are measured on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blockem import bundled
+from blockem.config import Recipe
+from blockem.errors import BlockemError
+from blockem.session import Session
+from blockem.store import RunFolder, write_jsonl
+from blockem.trainings import block_step
+
+if TYPE_CHECKING:
+    from blockem.defences.block_em import Blocker
+    from blockem.evaluation import Interval
+    from blockem.examples import Encoded
+    from blockem.model import LanguageModel
+
+LOADED = ("lm", "dictionary", "chosen_judge")
+
+
+@contextmanager
+def beside(session: Session, recipe: Recipe, folder: Path | None = None) -> Iterator[Session]:
+    """A session with another recipe, perhaps on another folder, sharing what either of the two loads."""
+    other = replace(session, recipe=recipe, run=RunFolder(folder) if folder else session.run)
+    _hand(session, other)
+    try:
+        yield other
+    finally:
+        _hand(other, session)
+
+
+def _hand(giver: Session, taker: Session) -> None:
+    for name in LOADED:
+        if name in giver.__dict__:
+            taker.__dict__[name] = giver.__dict__[name]
+
+
+def blocked_recipe(recipe: Recipe) -> Recipe:
+    """The recipe of the long blocked training."""
+    train = replace(recipe.train, epochs=float(recipe.reemerge.epochs))
+    return replace(recipe, train=train, block=replace(recipe.block, control="none"))
+
+
+def train_epochs(session: Session, latents: Path, plain: Path, folder: Path | None = None) -> dict[str, Any]:
+    """Train with the latents blocked for all epochs; the adapters go to `blocked/epoch-1`, … of the folder. Returns what was blocked."""
+    with beside(session, blocked_recipe(session.recipe), folder) as longer:
+        return block_step(longer, latents, plain, keep_epochs=True)
+
+
+def adapters(folder: Path, epochs: int, stem: str) -> dict[str, Path]:
+    """Each epoch's adapter under the name that the evaluation gives it: `epoch1`, `epoch2`, …"""
+    return {f"{stem}{epoch}": folder / "blocked" / f"epoch-{epoch}" for epoch in range(1, epochs + 1)}
+
+
+def penalty_shares(
+    lm: LanguageModel, blocker: Blocker, models: Mapping[str, Path], rows: Sequence[Encoded], p_mis: float | None
+) -> dict[str, float | None]:
+    """What each adapter pays on `rows`, as a share of what plain fine-tuning would (`p_mis`); None where that is nothing."""
+    from blockem.defences.block_em import penalty_of
+
+    found: dict[str, float | None] = {}
+    for name, folder in models.items():
+        lm.drop_adapters()
+        lm.add_adapter(folder, name)
+        found[name] = penalty_of(lm, name, blocker, rows) / p_mis if p_mis else None
+    lm.drop_adapters()
+    return found
+
+
+def rise(margins: Mapping[str, Sequence[float]], later: str, earlier: str, outside: Sequence[bool], resamples: int) -> Interval | None:
+    """Margin of one model minus another's, paired over the evaluation pairs outside the training domain."""
+    import numpy as np
+
+    from blockem.evaluation import difference, interval
+
+    keep = np.array(outside, dtype=bool)
+    return interval(difference, [np.array(margins[name])[keep] for name in (later, earlier)], resamples)
+
+
+def bounded_prompts(session: Session, n: int) -> list[bundled.Prompt]:
+    """The first `n` final prompts outside the training domain, dealt evenly over their domains.
+
+    Raises:
+        BlockemError: every final prompt lies in the training domain.
+    """
+    from blockem.discovery.discover import spread
+
+    data = session.recipe.data
+    given = bundled.prompts(data.prompts) if data.prompts else bundled.final_prompts()
+    outside = spread([one for one in given if one.domain != data.domain], n)
+    if not outside:
+        raise BlockemError("every final prompt lies in the training domain; give data.prompts with other domains")
+    return outside
+
+
+def measured_recipe(session: Session) -> Recipe:
+    """The recipe that every model is evaluated by: the run's own, with its prompts bounded (they are written to `prompts.jsonl`)."""
+    path = session.run / "prompts.jsonl"
+    rows = [asdict(one) for one in bounded_prompts(session, session.recipe.reemerge.prompts)]
+    write_jsonl(path, rows)
+    return replace(session.recipe, data=replace(session.recipe.data, prompts=str(path)))
+
+
+def curves(evaluation: Mapping[str, Any], shares: Mapping[str, float | None]) -> list[dict[str, Any]]:
+    """One row a model for the page: its figures outside and inside the domain, its judged rate, and its share of the penalty."""
+    rows = []
+    for name, one in evaluation["models"].items():
+        judged = one["judged"] or {}
+        cut = evaluation["defences"].get(name, {})
+        share = shares.get(name)
+        rows.append(
+            {
+                "model": name,
+                **{figure: one[figure] for figure in ("preference", "margin", "heldout_loss", "general_loss")},
+                **{rate: judged.get(rate) for rate in ("em", "incoherent", "refusal")},
+                "cut": cut.get("cut", {}).get("margin"),
+                "kept": cut.get("kept"),
+                "penalty_share": share if share is None or math.isfinite(share) else None,
+            }
+        )
+    return rows
