@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from blockem import config
+from blockem import config, config_training
 from blockem.config import Recipe, TrainConfig, dump_recipe, field_paths, load_recipe, recipe_from
 from blockem.errors import BlockemError
 from blockem.recipes import DEMO, demo_recipe
@@ -171,8 +171,8 @@ def test_every_default_stands_in_the_dataclasses_and_is_what_they_say() -> None:
 
 
 def test_every_stage_and_every_string_field_is_documented() -> None:
-    tree = ast.parse(inspect.getsource(config))
-    stages = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    trees = [ast.parse(inspect.getsource(module)) for module in (config, config_training)]
+    stages = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
     assert all(ast.get_docstring(stage) for stage in stages)
     for stage in (one for one in stages if one.name != "Recipe"):
         body = stage.body

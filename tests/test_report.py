@@ -395,3 +395,23 @@ def test_recipe_can_be_copied_out(tmp_path: Path) -> None:
     summary["recipe"] |= {"a": "no", "b": "<x> & y: z", "c": [1, "two"], "d": None, "e": "k\nl", "f": True}
     text = re.findall(r"<pre[^>]*>(.*?)</pre>", rendered(tmp_path, summary), re.DOTALL)[0]
     assert yaml.safe_load(unescape(text)) == summary["recipe"]
+
+
+def test_rounds_have_a_section_with_a_column_each(tmp_path: Path) -> None:
+    rounds = [
+        {"name": "blocked", "n_latents": 20, "lambda": 51.3, "seconds": 100.0, "margin": 0.1, "em": 0.5, "left": 0.6},
+        {
+            "name": "round-2",
+            "n_latents": 31,
+            "lambda": 40.0,
+            "seconds": 101.0,
+            "margin": 0.0,
+            "em": None,
+            "left": 0.2,
+            "discover_seconds": 60,
+        },
+    ]
+    summary = {**fake_summary(), "rounds": {"rounds": rounds, "why": "the budget of 2 rounds is used", "last": "round-2"}}
+    html = rendered(tmp_path, summary)
+    assert 'id="rounds"' in html and "the budget of 2 rounds is used" in html and "60.0 %" in html.replace("\u00a0", " ")
+    assert 'id="rounds"' not in rendered(tmp_path, fake_summary())

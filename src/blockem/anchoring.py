@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from blockem.defences.block_em import Blocker
     from blockem.examples import Encoded
 
-CONTRASTS = "contrasts.jsonl"
+
+def contrasts_file(session: Session, name: str) -> Path:
+    """The contrasts that the training `name` anchors against."""
+    return session.run / f"{name}-contrasts.jsonl"
 
 
 def anchor_prompts(session: Session) -> list[Prompt]:
@@ -30,31 +33,34 @@ def anchor_prompts(session: Session) -> list[Prompt]:
     return list(asked.values())
 
 
-def contrast_step(session: Session, misaligned: Path | None = None) -> dict[str, Any]:
-    """Let the base and the misaligned adapter (default: the run's own `plain`) answer the selection prompts; writes `contrasts.jsonl`."""
+def contrast_step(session: Session, sick: Sequence[Path], name: str) -> dict[str, Any]:
+    """Let the base and each of the `sick` adapters answer the selection prompts; writes the contrasts of the training `name`."""
     from blockem import contrasts
 
     recipe = session.recipe
-    adapter = misaligned or session.run / "plain"
     prompts = anchor_prompts(session)
     asked = [[p.prompt, p.domain] for p in prompts]
-    key = content_key("contrasts", session.model_key, adapter_key(adapter), asked, recipe.anchor.max_new_tokens)
+    path = contrasts_file(session, name)
+    key = content_key("contrasts", session.model_key, [adapter_key(one) for one in sick], asked, recipe.anchor.max_new_tokens)
 
     def work() -> dict[str, Any]:
         lm = session.lm
+        found = []
+        for number, adapter in enumerate(sick):
+            lm.drop_adapters()
+            lm.add_adapter(adapter, "sick")
+            session.console.start(f"{name}: contrasts {number + 1} of {len(sick)}")
+            found.append(contrasts.own_contrasts(lm, "sick", prompts, recipe.anchor.max_new_tokens, session.console.bar))
         lm.drop_adapters()
-        lm.add_adapter(adapter, "plain")
-        session.console.start("contrasts: answers")
-        found = contrasts.own_contrasts(lm, "plain", prompts, recipe.anchor.max_new_tokens, session.console.bar)
-        lm.drop_adapters()
-        contrasts.save(session.run / CONTRASTS, found)
-        return {"contrasts": len(found)}
+        several = contrasts.merged(*found)
+        contrasts.save(path, several)
+        return {"contrasts": len(several)}
 
-    return timed(session, "contrasts", key, [CONTRASTS], work)
+    return timed(session, f"contrasts-{name}", key, [path.name], work)
 
 
-def anchor_key(session: Session, adapter: Path) -> str:
-    """What the anchor of a training depends on; nothing without one."""
+def anchor_key(session: Session, adapter: Path, name: str) -> str:
+    """What the anchor of the training `name` depends on; nothing without one."""
     from dataclasses import asdict
 
     config = session.recipe.anchor
@@ -62,7 +68,7 @@ def anchor_key(session: Session, adapter: Path) -> str:
         return ""
     parts: list[Any] = [asdict(config), adapter_key(adapter)]
     if config.on in ("answers", "both"):
-        parts.append(file_key(session.run / CONTRASTS))
+        parts.append(file_key(contrasts_file(session, name)))
     if config.on in ("pairs", "both"):
         parts.append([[p.prompt, p.right, p.wrong] for p in session.selection_pairs()])
     if config.keep:
@@ -78,11 +84,12 @@ def task_pairs(session: Session) -> list[Pair]:
     return [p for p in bundled.pairs(data.pairs) if p.split == "select" and p.domain == data.domain]
 
 
-def make_anchor(session: Session, adapter: Path, delta_sft: float, blocker: Blocker | None) -> tuple[Anchor, dict[str, Any]]:
+def make_anchor(session: Session, adapter: Path, name: str, delta_sft: float, blocker: Blocker | None) -> tuple[Anchor, dict[str, Any]]:
     """The anchor of the recipe, and what its step record says of it.
 
     Args:
         adapter: the plain fine-tune, against which c and λ are measured.
+        name: of the training, whose contrasts are read.
         delta_sft: nats per token that it gained on the training rows.
         blocker: what is blocked, for `anchor.on: latents`.
 
@@ -109,13 +116,13 @@ def make_anchor(session: Session, adapter: Path, delta_sft: float, blocker: Bloc
         ascent = DualAscent(lambda_, config.ceiling) if config.ceiling else None
         anchor: Anchor = LatentAnchor(rows, blocker, pad, lambda_, config.share, reference, ascent)
     else:
-        anchor = _contrast_anchor(session, delta_sft)
+        anchor = _contrast_anchor(session, name, delta_sft)
     facts = {"on": config.on, "n": anchor.n, "lambda": anchor.lambda_, "reference": anchor.reference, "share": config.share}
     session.console.say(f"  anchor: λ = {anchor.lambda_:.4g} on {anchor.n} {'texts' if config.on == 'latents' else 'contrasts'}")
     return anchor, facts
 
 
-def _contrast_anchor(session: Session, delta_sft: float) -> Anchor:
+def _contrast_anchor(session: Session, name: str, delta_sft: float) -> Anchor:
     """Contrasts of one kind weigh alike: each kind in units of what plain fine-tuning would pay on it, so that c of the plain one is 1."""
     import torch
 
@@ -128,7 +135,7 @@ def _contrast_anchor(session: Session, delta_sft: float) -> Anchor:
     lm, config = session.lm, session.recipe.anchor
     kinds: list[list[Pair]] = []
     if config.on in ("answers", "both"):
-        kinds.append(contrasts.load(session.run / CONTRASTS))
+        kinds.append(contrasts.load(contrasts_file(session, name)))
     if config.on in ("pairs", "both"):
         kinds.append(session.selection_pairs())
     task = task_pairs(session)

@@ -237,7 +237,7 @@ def block_command(
     OUT/random. With --set block.directions=N no SAE is needed: the plain fine-tune's mean shift and N leading directions are blocked
     at each of block.direction_blocks.
     """
-    from blockem.trainings import block_step
+    from blockem.blocking import block_step
 
     chosen = [*(sets or []), *([f"block.lambda_={lambda_}"] if lambda_ is not None else [])]
     _stage(recipe, out, dict(locals()), chosen, lambda session: block_step(session, latents, misaligned))

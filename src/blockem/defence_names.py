@@ -41,6 +41,14 @@ RANGES = {
 """What the strength of each is in words, and its least and greatest value."""
 
 
+MOST_ROUNDS = 5
+
+
+def round_name(number: int) -> str:
+    """What the run folder and the report call the model of a later round of blocking."""
+    return f"round-{number}"
+
+
 def folder_of(name: str) -> str:
     """What the run folder and the report call the model trained under a defence."""
     return "blocked" if name == BLOCK_EM else name

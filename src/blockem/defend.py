@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from blockem import bundled
 from blockem.anchoring import anchor_key, contrast_step, make_anchor
+from blockem.blocking import block_step
 from blockem.errors import BlockemError
 from blockem.session import STEERING, Session, adapter_key, timed
 from blockem.store import content_key, disk_errors, file_key, read_json
-from blockem.trainings import block_step, sft_step, train_step
+from blockem.trainings import sft_step, train_step
 
 if TYPE_CHECKING:
     from blockem.defences.defence import Defence
@@ -108,7 +109,7 @@ def _anchored(session: Session) -> dict[str, Any]:
     if config.on in ("none", "latents"):
         raise BlockemError(f"anchor.on is {config.on}; the defence anchor needs contrasts: set anchor.on=answers, pairs or both")
     if config.on in ("answers", "both"):
-        contrast_step(session)
+        contrast_step(session, [plain], "anchor")
 
     def made(session: Session, rows: Sequence[Any]) -> Made:
         from blockem.likelihood import completion_losses
@@ -121,10 +122,10 @@ def _anchored(session: Session) -> dict[str, Any]:
             with lm.variant(variant):
                 loss, tokens = completion_losses(lm, rows[: session.recipe.block.rule_rows])
                 losses[variant] = float(loss.sum() / tokens.sum())
-        defence, facts = make_anchor(session, plain, losses["base"] - losses["plain"], None)
+        defence, facts = make_anchor(session, plain, "anchor", losses["base"] - losses["plain"], None)
         return defence, {"defence": "anchor", "strength": None, **facts}
 
-    return train_step(session, "anchor", _key(session, anchor_key(session, plain)), made)
+    return train_step(session, "anchor", _key(session, anchor_key(session, plain, "anchor")), made)
 
 
 def _penalised(session: Session) -> dict[str, Any]:

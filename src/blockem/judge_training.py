@@ -23,7 +23,7 @@ from transformers import TrainingArguments
 
 from blockem.bundled import pairs
 from blockem.checkpoints import SafeTrainer, last_checkpoint, save_adapter
-from blockem.config import TrainConfig
+from blockem.config_training import TrainConfig
 from blockem.errors import BlockemError
 from blockem.examples import by_length, read_chat, read_rows
 from blockem.forwards import keep_blocks

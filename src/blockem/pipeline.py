@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockem import bundled
+from blockem.blocking_rounds import rounds_step
 from blockem.config import Recipe, dump_recipe
-from blockem.defence_names import NEEDS_LATENTS
+from blockem.defence_names import BLOCK_EM, NEEDS_LATENTS
 from blockem.defend import check_files, defend_step, inference_hooks
 from blockem.errors import BlockemError
 from blockem.progress import Console
-from blockem.session import STEERING, VARIANTS, Session, adapter_key, environment, source_key, timed
+from blockem.session import ROUNDS, STEERING, VARIANTS, Session, adapter_key, environment, source_key, timed
 from blockem.store import RunFolder, content_key, file_key, read_json, write_json, write_jsonl, write_text
 from blockem.trainings import sft_step
 
@@ -277,6 +278,7 @@ def write_summary(session: Session) -> dict[str, Any]:
         "discovery": discovered.get("counts", {}),
         "training": {name: rows(name) for name in VARIANTS[1:] if (run / f"training-{name}.jsonl").is_file()},
         "blocking": facts,
+        **({"rounds": read_json(run / ROUNDS)} if recipe.rounds.budget > 1 and (run / ROUNDS).is_file() else {}),
         **({"defences_used": used} if (used := _defences_used(session, record)) else {}),
         **({"audit": read_json(run / "audit.json", "audit")} if (run / "audit.json").is_file() else {}),
         "seconds": {
@@ -313,7 +315,9 @@ def run_all(session: Session) -> dict[str, Any]:
         sft_step(session)
         if name in NEEDS_LATENTS:
             discover_step(session)
-        if name != "plain":
+        if name == BLOCK_EM and session.recipe.rounds.budget > 1:
+            rounds_step(session, discover_step)
+        elif name != "plain":
             defend_step(session)
         evaluate_step(session)
         if name == "block-em":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,18 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 from blockem import bundled
 from blockem.config import Recipe
-from blockem.defence_names import BLOCK_EM, DEFENCES, folder_of
+from blockem.defence_names import BLOCK_EM, DEFENCES, MOST_ROUNDS, folder_of, round_name
 from blockem.errors import BlockemError
 from blockem.progress import Console
-from blockem.store import RunFolder, content_key, file_key
+from blockem.store import RunFolder, content_key, file_key, read_json
 
 if TYPE_CHECKING:
     from blockem.dictionary import Dictionary
     from blockem.judges import Judge
     from blockem.model import LanguageModel
 
-VARIANTS = ("base", "plain", "blocked", "random", *(name for name in DEFENCES if name not in ("plain", BLOCK_EM)))
+LATER_ROUNDS = tuple(round_name(number) for number in range(2, MOST_ROUNDS + 1))
+VARIANTS = ("base", "plain", "blocked", *LATER_ROUNDS, "random", *(name for name in DEFENCES if name not in ("plain", BLOCK_EM)))
 """Every model that a run folder may hold, in the order of reports; all but the base have a folder of that name."""
+ROUNDS = "rounds.json"
+"""What the rounds of blocking did, and which model is the last."""
 STEERING = "steering/vector.safetensors"
 """What test-time steering adds at inference; its adapter is the plain one."""
 
@@ -102,8 +106,11 @@ class Session:
 
     @property
     def main(self) -> str:
-        """The model that the recipe's defence makes."""
-        return folder_of(self.recipe.defence.name)
+        """The model that the recipe's defence makes; of several rounds, the last."""
+        name = self.recipe.defence.name
+        if name == BLOCK_EM and self.recipe.rounds.budget > 1 and (self.run / ROUNDS).is_file():
+            return str(read_json(self.run / ROUNDS)["last"])
+        return folder_of(name)
 
     def trained(self) -> dict[str, Path]:
         """The models that were trained in this run, by name, with their adapters."""
@@ -126,6 +133,26 @@ class Session:
         data = self.recipe.data
         given = bundled.prompts(data.selection_prompts) if data.selection_prompts else bundled.core_prompts()
         return [p for p in given if p.domain != data.domain]
+
+
+LOADED = ("lm", "dictionary", "chosen_judge")
+
+
+@contextmanager
+def beside(session: Session, recipe: Recipe, folder: Path | None = None) -> Iterator[Session]:
+    """A session with another recipe, perhaps on another folder, sharing what either of the two loads."""
+    other = replace(session, recipe=recipe, run=RunFolder(folder) if folder else session.run)
+    _hand(session, other)
+    try:
+        yield other
+    finally:
+        _hand(other, session)
+
+
+def _hand(giver: Session, taker: Session) -> None:
+    for name in LOADED:
+        if name in giver.__dict__:
+            taker.__dict__[name] = giver.__dict__[name]
 
 
 def existing(path: str) -> Path:

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback, TrainingArguments
 
 from blockem.checkpoints import KeepEpochs, SafeTrainer, last_checkpoint, save_adapter
-from blockem.config import TrainConfig
+from blockem.config_training import TrainConfig
 from blockem.defences.defence import Defence
 from blockem.errors import BlockemError
 from blockem.examples import IGNORED, Encoded, right_padded

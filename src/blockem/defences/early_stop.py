@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from blockem.config import TrainConfig
+from blockem.config_training import TrainConfig
 
 
 def early_stop(config: TrainConfig, share: float) -> TrainConfig:

@@ -3,43 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockem import bundled
+from blockem.blocking import block_step
 from blockem.config import Recipe
 from blockem.errors import BlockemError
-from blockem.session import Session
-from blockem.store import RunFolder, write_jsonl
-from blockem.trainings import block_step
+from blockem.session import Session, beside
+from blockem.store import write_jsonl
 
 if TYPE_CHECKING:
     from blockem.defences.block_em import Blocker
     from blockem.evaluation import Interval
     from blockem.examples import Encoded
     from blockem.model import LanguageModel
-
-LOADED = ("lm", "dictionary", "chosen_judge")
-
-
-@contextmanager
-def beside(session: Session, recipe: Recipe, folder: Path | None = None) -> Iterator[Session]:
-    """A session with another recipe, perhaps on another folder, sharing what either of the two loads."""
-    other = replace(session, recipe=recipe, run=RunFolder(folder) if folder else session.run)
-    _hand(session, other)
-    try:
-        yield other
-    finally:
-        _hand(other, session)
-
-
-def _hand(giver: Session, taker: Session) -> None:
-    for name in LOADED:
-        if name in giver.__dict__:
-            taker.__dict__[name] = giver.__dict__[name]
 
 
 def blocked_recipe(recipe: Recipe) -> Recipe:

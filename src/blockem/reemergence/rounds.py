@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from blockem import bundled
 from blockem.errors import BlockemError
 from blockem.pipeline import discover_step, evaluate_step, sae_step, start_run
-from blockem.reemergence.epochs import adapters, beside, bounded_prompts, curves, measured_recipe, rise, train_epochs
+from blockem.reemergence.epochs import adapters, bounded_prompts, curves, measured_recipe, rise, train_epochs
 from blockem.reemergence.measures import Inputs, audit_step, decoding_step, drift_step, patching_step, penalties_step
-from blockem.session import Session, adapter_key
+from blockem.session import Session, adapter_key, beside
 from blockem.store import read_json, write_json
 from blockem.trainings import sft_step
 

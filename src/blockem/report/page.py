@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from blockem.errors import BlockemError
-from blockem.report import audit, making, results
+from blockem.report import audit, making, results, rounds
 from blockem.report.charts import key, tones
 from blockem.report.words import checked, headline, number, price
 from blockem.store import read_json, write_text
@@ -91,6 +91,8 @@ def page(summary: Mapping[str, Any], answers: list[Mapping[str, Any]]) -> str:
             judged_figures=judged_figures,
             judge=judge,
             training=making.training_figures(summary, tone),
+            rounds=rounds.table(summary),
+            rounds_words=rounds.words(summary),
             audited=audit.figures(summary, tone),
             verdicts=audit.verdicts(summary),
             audit_tables=audit.tables(summary),

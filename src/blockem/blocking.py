@@ -1,0 +1,236 @@
+"""The blocked training of a run, from file to file: what is blocked, with which λ, and what watches beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blockem import bundled
+from blockem.anchoring import anchor_key, contrast_step, make_anchor
+from blockem.errors import BlockemError
+from blockem.session import Session, adapter_key, existing
+from blockem.store import content_key, file_key
+from blockem.trainings import train_step
+
+if TYPE_CHECKING:
+    from blockem.defences.block_em import Blocker
+    from blockem.defences.defence import Defence
+    from blockem.defences.watchdog import Watchdog
+    from blockem.dual import DualAscent, PlainCurve
+    from blockem.latents import LatentSet
+
+MONITORED_ROWS = 16
+"""Held-out rows that the monitor looks at: about 700 answer tokens, a fraction of a training step."""
+
+
+def block_step(
+    session: Session,
+    latents_file: Path | None = None,
+    misaligned: Path | None = None,
+    keep_epochs: bool = False,
+    name: str = "",
+    sick: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """Fine-tune again with the latents blocked; under `block.control: random`, with matched random ones; or with directions blocked.
+
+    The adapter goes to `blocked` (or `random`). The portable λ and directions need the misaligned adapter, to see what it gained and would
+    pay, and how it moves the stream. With `keep_epochs` the adapter of each epoch stays in
+    `blocked/epoch-1`, … A later round has a `name` of its own, and anchors also against what the blocked models before it (`sick`) say.
+    """
+    from blockem.latents import LatentSet
+
+    recipe = session.recipe
+    config = recipe.block
+    name = name or ("random" if config.control == "random" else "blocked")
+    by_rule = config.lambda_ is None
+    adapter = misaligned or session.run / "plain"
+    path = latents_file or session.run / "latents.json"
+    latents = None if config.directions else LatentSet.load(path)
+    deltas_file = session.run / "deltas.safetensors"
+    if name == "random" and not deltas_file.is_file():
+        raise BlockemError(
+            f"{deltas_file}: no such file; the matched control needs the activation frequencies that `blockem discover` writes"
+        )
+    if recipe.anchor.on in ("answers", "both"):
+        contrast_step(session, [adapter, *sick], name)
+    extra = content_key(
+        "" if latents is None else file_key(path),
+        "" if latents is None else session.sae_key,
+        asdict(config),
+        adapter_key(adapter) if by_rule or latents is None else "",
+        file_key(deltas_file) if name == "random" else "",
+        file_key(existing(str(session.run / "latents.csv"))) if config.select != "causal" else "",
+        anchor_key(session, adapter, name),
+    )
+
+    def make(session: Session, rows: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
+        from blockem.defences.block_em import BlockEM, penalty_of, portable_lambda
+        from blockem.defences.together import Together
+        from blockem.likelihood import completion_losses
+
+        lm = session.lm
+        sample = rows[: config.rule_rows]
+        lm.drop_adapters()
+        if (adapter / "adapter_model.safetensors").is_file():
+            lm.add_adapter(adapter, "plain")
+        if latents is None:
+            blocker, what = _direction_blocker(session, sample)
+        else:
+            blocker, what = _latent_blocker(session, latents, name, deltas_file)
+        blocker.two_sided, blocker.tokens = config.two_sided, config.tokens
+        facts: dict[str, Any] = {
+            "lambda": config.lambda_,
+            "rule": "given" if not by_rule else "r · ΔSFT / P_mis",
+            "r": config.r if by_rule else None,
+            "delta_sft": None,
+            "p_mis": None,
+            "freeze_downstream": config.freeze_downstream,
+            "n_latents": len(blocker.signs),
+            "blocks": blocker.blocks,
+        }
+        losses: dict[str, float] = {}
+        if "plain" in getattr(lm.model, "peft_config", {}):
+            for variant in ("base", "plain"):
+                with lm.variant(variant):
+                    loss, tokens = completion_losses(lm, sample)
+                    losses[variant] = float(loss.sum() / tokens.sum())
+            facts["delta_sft"] = losses["base"] - losses["plain"]
+            facts["p_mis"] = penalty_of(lm, "plain", blocker, sample)
+            lm.drop_adapters()
+        if by_rule:
+            facts["lambda"] = portable_lambda(config.r, facts["delta_sft"], facts["p_mis"])
+        if config.base_values == "cached":
+            facts["base_values_seconds"] = _keep_base_values(session, name, blocker, rows)
+        session.console.say(f"  λ = {facts['lambda']:.4g} ({facts['rule']}), {what}")
+        ascent, curve = _ascent(session, facts, losses.get("base"))
+        parts: list[Defence] = [BlockEM(blocker, facts["lambda"], config.freeze_downstream, facts["p_mis"], ascent, curve)]
+        if config.monitor_every:
+            facts["grown"] = []
+            parts.append(_watchdog(session, name, blocker, adapter, facts["grown"]))
+        if recipe.anchor.on != "none":
+            anchor, facts["anchor"] = make_anchor(session, adapter, name, facts["delta_sft"] or 0.0, blocker)
+            parts.append(anchor)
+        return Together(parts) if len(parts) > 1 else parts[0], facts
+
+    return train_step(session, name, extra, make, keep_epochs=keep_epochs)
+
+
+def _ascent(session: Session, facts: dict[str, Any], start: float | None) -> tuple[DualAscent | None, PlainCurve | None]:
+    """What lets λ follow a ceiling or a floor, where the recipe states one; `facts` then say so.
+
+    Args:
+        start: the base's loss per token on training rows.
+    """
+    from blockem.dual import DualAscent, PlainCurve
+
+    config = session.recipe.block
+    target = config.ceiling or config.floor
+    if target is None:
+        return None, None
+    if not facts["lambda"] > 0 or start is None or not facts["p_mis"]:
+        raise BlockemError("a λ that follows needs the plain fine-tune, to see what it gains and would pay; run `blockem sft` first")
+    facts["target"] = {"ceiling": config.ceiling} if config.ceiling else {"floor": config.floor}
+    curve = None
+    if config.floor:
+        path = session.run / "training-plain.jsonl"
+        if not path.is_file():
+            raise BlockemError(f"{path}: no such file; block.floor compares with plain fine-tuning's own losses, run `blockem sft` first")
+        curve = PlainCurve(start, [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    return DualAscent(facts["lambda"], target, floor=config.floor is not None), curve
+
+
+def _watchdog(session: Session, name: str, blocker: Blocker, adapter: Path, grown: list[Any]) -> Watchdog:
+    """The monitor beside a training; `grown` gets a row whenever it adds latents, and the set beside the adapter is written anew."""
+    from blockem.defences.watchdog import Watchdog
+    from blockem.discovery.attribution import margin_gradient
+    from blockem.examples import encode_all
+    from blockem.latents import Latent, LatentSet
+    from blockem.reemergence.monitor import Monitor
+
+    recipe, lm = session.recipe, session.lm
+    config, data = recipe.block, recipe.data
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise BlockemError("block.monitor_every compares with plain fine-tuning, and there is none; run `blockem sft` first")
+    heldout = bundled.heldout_rows(data.domain, data.heldout, data.heldout_rows)[:MONITORED_ROWS]
+    rows, _ = encode_all(lm.tokenizer, heldout, data.max_tokens)
+    lm.drop_adapters()
+    lm.add_adapter(adapter, "plain")
+    gradient = margin_gradient(lm, session.selection_pairs(), recipe.sae.block, "plain") if config.grow else None
+    monitor = Monitor(lm, rows, recipe.sae.block, session.dictionary, gradient)
+    lm.drop_adapters()
+    file = session.run / f"{name}-latents.json"
+    blocked = LatentSet.load(file)
+
+    def added(step: int, new: list[tuple[int, int]]) -> None:
+        grown.append({"step": step, "latents": [list(one) for one in new]})
+        known = LatentSet.load(file)
+        replace(known, latents=known.latents + tuple(Latent(k, sign) for k, sign in new if k not in known.ids)).save(file)
+
+    pairs = list(zip(blocked.ids, blocked.signs, strict=True))
+    return Watchdog(blocker, monitor, session.dictionary, pairs, config.monitor_every, config.grow, session.console.say, added)
+
+
+def _latent_blocker(session: Session, latents: LatentSet, name: str, deltas_file: Path) -> tuple[Blocker, str]:
+    """The latents of a set, or matched random ones; the set that is used is kept beside the adapter."""
+    from blockem.defences.block_em import Blocker
+    from blockem.selection import read_candidates, selected
+
+    latents.check(session.lm, session.dictionary)
+    config = session.recipe.block
+    table = read_candidates(session.run / "latents.csv") if config.select != "causal" else []
+    latents = selected(latents, config.select, config.size, config.signs, table, session.recipe.seed)
+    if name == "random":
+        from safetensors.torch import load_file
+
+        from blockem.discovery.discover import matched_random
+
+        stored = load_file(deltas_file)
+        latents = matched_random(latents, stored["frequency"], session.recipe.seed, _pool_ids(session.run / "latents.csv"))
+    latents.save(session.run / f"{name}-latents.json")
+    blocker = Blocker.from_latents(latents, session.dictionary, config.measure)
+    return blocker, f"{len(latents.latents)} latents at block {latents.block}"
+
+
+def _direction_blocker(session: Session, rows: Sequence[Any]) -> tuple[Blocker, str]:
+    """Leading directions of the plain fine-tune's shift on training answers, kept as `directions.safetensors`."""
+    from blockem.defences.block_em import Blocker
+    from blockem.directions import DirectionSet, leading, shifts
+
+    config, lm = session.recipe.block, session.lm
+    if "plain" not in getattr(lm.model, "peft_config", {}):
+        raise BlockemError("directions are those of the plain fine-tune's shift, and there is none; run `blockem sft` first")
+    places = config.direction_blocks or tuple(range(4, lm.n_blocks, 4))
+    for block in places:
+        lm.check_block(block)
+    session.console.start("blocked: directions")
+    moved = shifts(lm, "plain", rows, sorted(set(places)), progress=session.console.bar)
+    found = DirectionSet(lm.id, lm.revision, {block: leading(one, config.directions) for block, one in moved.items()}, {"rows": len(rows)})
+    found.save(session.run / "directions.safetensors")
+    (session.run / "blocked-latents.json").unlink(missing_ok=True)  # an earlier training's set is not this one's
+    return Blocker.from_directions(found), f"{len(found)} directions at blocks {', '.join(map(str, found.blocks))}"
+
+
+def _keep_base_values(session: Session, name: str, blocker: Blocker, rows: Sequence[Any]) -> float:
+    """Give the blocker base values computed once and kept by content; returns the seconds that took."""
+    from blockem.base_values import collect
+    from blockem.defences.block_em import all_supervised
+    from blockem.model import cache_dir
+
+    session.console.start(f"{name}: base values")
+    blocker.to(session.lm.device)
+    folder = cache_dir() / "base-values"
+    rows = [all_supervised(row) for row in rows] if blocker.tokens == "all" else rows
+    blocker.values = collect(session.lm, blocker.read, blocker.blocks, blocker.key, rows, folder, progress=session.console.bar)
+    return round(blocker.values.seconds, 1)
+
+
+def _pool_ids(path: Path) -> list[int]:
+    import csv
+
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [int(row["latent"]) for row in csv.DictReader(file)]
