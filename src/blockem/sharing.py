@@ -55,7 +55,7 @@ class SharingFolder(RunFolder):
 
 
 def tops(outputs: Iterable[str]) -> list[str]:
-    """What is to be taken for these outputs: files, and the whole folder of one that lies in a folder (an adapter has its settings beside)."""
+    """What is to be taken for these outputs: files, and the whole folder of one in a folder (an adapter has its settings beside)."""
     return list(dict.fromkeys(name.split("/")[0] for name in outputs))
 
 
