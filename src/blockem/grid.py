@@ -203,18 +203,24 @@ def _defence(name: str, spec: Any) -> list[Setting]:
         raise BlockemError(f"defences: {name} has lists in {' and '.join(lists)}; one field may have a list of strengths")
     if any(not fields[path] for path in lists):
         raise BlockemError(f"defences: {name} has an empty list of strengths in {lists[0]}")
-    fixed = [(str(path), value) for path, value in fields.items() if path not in lists]
+    fixed = [(str(path), _frozen(value)) for path, value in fields.items() if path not in lists]
     if not lists:
         only = fixed[0] if len(fixed) == 1 and isinstance(fixed[0][1], (int, float)) and not isinstance(fixed[0][1], bool) else ("", None)
         return [Setting("defence", name, only[0], only[1], (*_named(name), *fixed))]
     field = lists[0]
-    return [Setting("defence", name, field, value, (*_named(name), *fixed, (field, value))) for value in fields[field]]
+    values = [_frozen(value) for value in fields[field]]
+    return [Setting("defence", name, field, value, (*_named(name), *fixed, (field, value))) for value in values]
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, so that settings can be keys."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _ablation(name: str, spec: Any) -> Setting:
     if not isinstance(spec, dict) or not spec:
         raise BlockemError(f"ablations: {name} must be a mapping of recipe fields, for example {{block.control: random}}")
-    return Setting("ablation", name, changes=(*_named(OWN), *((str(path), value) for path, value in spec.items())))
+    return Setting("ablation", name, changes=(*_named(OWN), *((str(path), _frozen(value)) for path, value in spec.items())))
 
 
 def _changed(recipe: Recipe, setting: Setting) -> Recipe:
