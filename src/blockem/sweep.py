@@ -246,3 +246,24 @@ def _run_transfer(session: Session, source: Path, name: str) -> None:
         evaluate_step(session)
         audit_step(session)
         report_step(session)
+
+
+def compare_all(
+    grid: Grid, out: Path, quiet: bool = False, executor: Executor | None = None, judge: Judge | None = None
+) -> tuple[dict[str, Any], Path]:
+    """Run a grid into `out` and compare its cells; returns what `comparison.json` holds and the path of the page.
+
+    Raises:
+        BlockemError: another comparison is at work in `out`, or no cell could be finished (with the first cell's reason).
+    """
+    from blockem.comparison import compare
+    from blockem.report.comparison import write
+
+    with RunFolder(out).locked():
+        failed = run_grid(grid, out, quiet, executor, judge)
+        if len(failed) == len(grid.cells):
+            first = next(iter(failed))
+            raise BlockemError(f"all {len(failed)} cells failed, the first ({first}) with: {failed[first]}")
+        comparison = compare(grid, out, failed)
+        page = write(comparison, out)
+    return comparison, page
