@@ -23,7 +23,7 @@ def test_every_strength_domain_and_seed_is_a_cell_with_a_readable_id() -> None:
     assert len(grid.cells) == 8 and len({cell.id for cell in grid.cells}) == 8
     cell = grid.cells[-1]
     assert (cell.recipe.seed, cell.recipe.data.domain, cell.recipe.block.lambda_, cell.recipe.name) == (1, "finance", 100.0, cell.id)
-    assert cell.setting.label == "block-em, lambda 100"
+    assert cell.setting.label == "block-em lambda=100"
 
 
 def test_a_recipe_file_is_found_beside_the_grid_and_its_own_domain_keeps_its_files(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_ablations_are_compared_with_the_recipes_own_block_em_which_is_added_onc
     assert grid.reference is not None and grid.reference.label == "block-em"
     assert grid.cells[3].recipe.block.control == "random" and grid.cells[3].recipe.block.lambda_ == 7
     same = grid_from({**values, "recipe": {"block": {"lambda_": 100}}})
-    assert len(same.cells) == 3 and same.reference is not None and same.reference.label == "block-em, lambda 100"
+    assert len(same.cells) == 3 and same.reference is not None and same.reference.label == "block-em lambda=100"
 
 
 def test_transfer_trains_in_each_domain_with_the_latents_of_each_other_one() -> None:

@@ -12,7 +12,7 @@ import pytest
 import blockem
 
 SOURCE = Path(blockem.__file__).parent
-UPPER = {"pipeline", "session", "trainings", "cli", "report", "training"}
+UPPER = {"pipeline", "session", "trainings", "cli", "report", "training", "sweep", "grid", "comparison", "compare_cli"}
 LOWER = ("errors", "store", "config", "examples", "forwards", "model", "steering")
 
 

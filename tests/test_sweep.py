@@ -87,7 +87,7 @@ def test_one_failed_cell_stops_no_other_and_is_tried_again(runs: FakeRuns, tmp_p
         grid.cells[1].id: "RuntimeError: odd",
     }
     assert "Traceback" in (tmp_path / "cells" / grid.cells[1].id / "error.txt").read_text()
-    assert comparison["recommendation"]["left_out"] == ["block-em, lambda 0", "block-em, lambda 100"]
+    assert comparison["recommendation"]["left_out"] == ["block-em lambda=0", "block-em lambda=100"]
     assert "the SAE does not fit" in (tmp_path / "comparison.html").read_text()
     runs.broken = {}
     again, _ = compare_all(grid, tmp_path, quiet=True)

@@ -44,9 +44,9 @@ class Setting:
             return f"latents of {self.name}"
         if self.strength is None:
             return self.name
-        what = "" if self.field == STRENGTH else f"{self.field.split('.')[-1].rstrip('_')} "
+        what = "" if self.field == STRENGTH else f"{self.field.split('.')[-1].rstrip('_')}="
         value = f"{self.strength:g}" if isinstance(self.strength, float) else str(self.strength)
-        return f"{self.name}, {what}{value}"
+        return f"{self.name} {what}{value}"
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -110,22 +112,43 @@ def plain_cell(value: Any) -> str:
 
 
 def standalone(chart: Markup) -> str:
-    """A chart as a file of its own, with the page's style sheet inside."""
-    style = (HERE / "style.css").read_text(encoding="utf-8") + (HERE / "comparison.css").read_text(encoding="utf-8")
+    """A chart as a file of its own, in the page's light colours."""
     text = str(chart).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     head, rest = text.split(">", 1)
-    return f"{head}><style><![CDATA[{style}]]></style>{rest}\n"
+    return f"{head}><style><![CDATA[{flat_style()}]]></style>{rest}\n"
+
+
+@cache
+def flat_style() -> str:
+    """The rules for charts without CSS variables, which drawing programs do not know."""
+    text = style_sheet()
+    palette = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", text[: text.index("@media")])) | {"sans": "sans-serif"}
+    tones = re.findall(r"\.([\w-]+) \{ --tone: var", text)
+    rules = []
+    for rule in re.findall(r"^(?:\.chart|\.dot|\.line|\.whisker)[^{}]*\{[^{}]*\}", text, re.MULTILINE):
+        selectors, body = rule.split("{", 1)
+        if "var(--tone)" not in body:
+            rules.append(rule)
+            continue
+        for tone in tones:
+            toned = ", ".join(f"{one.strip()}.{tone}" for one in selectors.split(","))
+            rules.append(f"{toned} {{{body.replace('var(--tone)', palette[tone])}")
+    return re.sub(r"var\(--([\w-]+)\)", lambda found: palette.get(found[1], "#000000"), "\n".join(rules))
+
+
+def style_sheet() -> str:
+    """The report's rules, and those that only a comparison needs."""
+    return "".join((HERE / name).read_text(encoding="utf-8") for name in ("style.css", "comparison.css"))
 
 
 def page(comparison: Mapping[str, Any], drawn: list[Picture]) -> str:
     """The whole page as HTML text."""
-    style = (HERE / "style.css").read_text(encoding="utf-8") + (HERE / "comparison.css").read_text(encoding="utf-8")
     planes = [one for one in drawn if "-adherence" in one.id or "-incoherence" in one.id]
     return (
         environment()
         .get_template("comparison.html.j2")
         .render(
-            style=Markup(style),
+            style=Markup(style_sheet()),
             version=str(comparison["blockem"]),
             comparison=comparison,
             domains=", ".join(comparison["domains"]),

@@ -48,7 +48,7 @@ def plane_words(figure: Mapping[str, Any]) -> str:
     low, wide = found(least, up), found(least, across)
     assert low is not None and wide is not None
     if plain is None or least is plain:
-        return words + f"No setting has less {lower(up)} than plain, {full(low)}."
+        return words + f"No setting lies below plain in {lower(up)}: {full(low)}."
     before = found(plain, up)
     assert before is not None
     return (
@@ -106,7 +106,7 @@ def recommendation_words(comparison: Mapping[str, Any]) -> list[str]:
         change = interval(found_["change"])
         name = found_["setting"]
         start = "Use no defence" if name == "plain" else f"Use {name}"
-        said = [f"{start}: of the {found_['candidates']} settings compared, plain among them, {name} has the least {measure}"]
+        said = [f"{start}: of the {found_['candidates']} settings compared, plain among them, {name} is the lowest in {measure}"]
         said[0] += f", {full(value)}, of those that {rule}." if value else f" of those that {rule}."
         if change:
             sure = "" if change.high < 0 else "; the interval does not exclude that nothing was gained"
