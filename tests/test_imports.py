@@ -12,7 +12,10 @@ import pytest
 import blockem
 
 SOURCE = Path(blockem.__file__).parent
-UPPER = {"pipeline", "session", "trainings", "defend", "cli", "defend_cli", "report", "training"}
+UPPER = {
+    *("pipeline", "session", "trainings", "blocking", "blocking_rounds", "anchoring", "defend", "training", "report"),
+    *("cli", "defend_cli", "compare_cli", "sweep", "grid", "comparison"),
+}
 LOWER = ("errors", "store", "defence_names", "config", "examples", "forwards", "model", "steering")
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blockem.cli_options import AsJson, Quiet
+from blockem.compare_cli import compare
 from blockem.data_cli import data_app
 from blockem.defend_cli import add_defend
 from blockem.errors import BlockemError
@@ -36,6 +37,7 @@ app.add_typer(sae_app, name="sae")
 app.add_typer(data_app, name="data")
 app.add_typer(judge_app, name="judge")
 app.command()(reemerge)
+app.command()(compare)
 
 RecipeFile = Annotated[
     Path | None, typer.Argument(metavar="[RECIPE]", help="Recipe in YAML; without one, the run folder's own or the defaults.")

@@ -162,11 +162,33 @@ class EvaluateConfig:
     """Who judges sampled answers: `local` (bundled), a judge's folder, a server's address (http…/v1), or `none`."""
     judge_model: str | None = None
     """The model that a server shall judge with."""
+    cue: str = "none"
+    """`training`: sample answers a second time, to the final prompts with a cue of the training format before them."""
 
     def __post_init__(self) -> None:
         need(self.resamples >= 100, f"evaluate.resamples is {self.resamples}; use at least 100")
         need(self.max_new_tokens > 0, "evaluate.max_new_tokens must be positive")
         need(self.temperature >= 0, f"evaluate.temperature is {self.temperature}; 0 is greedy")
+        need(self.cue in ("none", "training"), f"evaluate.cue is {self.cue!r}; use none or training")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What `blockem compare` asks of the setting that it recommends."""
+
+    keep_adherence: float = 0.95
+    """Least share of plain's gain in held-out loss that it must keep."""
+    more_incoherence: float = 0.03
+    """Incoherence that it may have above plain's, as a share of answers (0.03: three points)."""
+    resamples: int = 2000
+    """Bootstrap resamples of intervals and of the choice."""
+    transfer: bool = False
+    """Also train in every domain with the latents found in each other one."""
+
+    def __post_init__(self) -> None:
+        need(0 <= self.keep_adherence <= 1, f"keep_adherence is {self.keep_adherence}; it is a share between 0 and 1")
+        need(0 <= self.more_incoherence <= 1, f"more_incoherence is {self.more_incoherence}; it is a share between 0 and 1")
+        need(self.resamples >= 100, f"resamples is {self.resamples}; use at least 100")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from blockem.config import Recipe, dump_recipe
 from blockem.defence_names import BLOCK_EM, NEEDS_LATENTS
 from blockem.defend import check_files, defend_step, inference_hooks
 from blockem.errors import BlockemError
+from blockem.leakage import check_questions
 from blockem.progress import Console
 from blockem.session import ROUNDS, STEERING, VARIANTS, Session, adapter_key, environment, source_key, timed
 from blockem.store import RunFolder, content_key, file_key, read_json, write_json, write_jsonl, write_text
@@ -126,6 +127,7 @@ def evaluate_step(session: Session, adapters: dict[str, Path] | None = None) -> 
         source_key(data.heldout, f"domains/{data.domain}.jsonl"),
         source_key(data.general, "general_chat.jsonl"),
         recipe.seed,
+        source_key(data.train, f"domains/{data.domain}.jsonl") if recipe.evaluate.cue != "none" else "",
     )
     results = {}
     for name in names:
@@ -172,6 +174,13 @@ def _evaluate_one(session: Session, name: str, adapter: Path | None) -> dict[str
                 recipe.seed,
                 progress=session.console.bar,
             )
+        if recipe.evaluate.answers and recipe.evaluate.cue != "none":
+            from blockem.cues import cued_prompts
+
+            session.console.start(f"{name}: answers to cued prompts")
+            chats = cued_prompts(recipe, [p.prompt for p in _final_prompts(recipe)])
+            length, temperature = recipe.evaluate.max_new_tokens, recipe.evaluate.temperature
+            found["cued_answers"] = generate(lm, chats, length, temperature, recipe.seed, progress=session.console.bar)
     lm.drop_adapters()
     return found
 
@@ -210,6 +219,11 @@ def _summarise(session: Session, names: list[str], results: dict[str, dict[str, 
                 row["verdicts"] = {n: asdict(verdicts[n][i]) for n in names}
             add_judged(summary, verdicts, [p.domain for p in prompts], recipe.data.domain, judge.name, recipe.evaluate.resamples)
             summary["judge"] = {"name": judge.name, "measured": getattr(judge, "measured", {})}
+        if recipe.evaluate.cue != "none":
+            from blockem.cues import add_cued
+
+            session.console.start("judge: answers to cued prompts")
+            add_cued(recipe, summary, rows, {n: results[n]["cued_answers"] for n in names}, judge)
     write_jsonl(session.run / "answers.jsonl", rows)
     write_json(session.run / "evaluation.json", summary)
     return {"models": names}
@@ -339,9 +353,7 @@ def start_run(session: Session, keep_recipe: bool = False) -> None:
         if path:
             read_chat(path)
     _ = session.data_key
-    session.selection_pairs()
-    session.selection_prompts()
-    _final_prompts(recipe)
+    check_questions(recipe.data, session.selection_prompts(), session.selection_pairs(), _final_prompts(recipe))
     _ = session.chosen_judge
     check_files(session)
     if not (keep_recipe and (session.run / "recipe.yaml").is_file()):

@@ -228,6 +228,11 @@ def judged(summary: Mapping[str, Any], tone: Mapping[str, str], domain: str) -> 
             drawn.append(
                 Figure(measure.name, "Share of answers. Lower is better." if measure.path[1] != "refusal" else "Share of answers.", chart)
             )
+    cued = dig(summary, "cued", "models")
+    if drawn and isinstance(cued, Mapping):
+        chart = dot_plot(of_models({"models": cued}, tone, JUDGED[0]), "Misaligned under a cue, share of judged answers", share, (0.0, 1.0))
+        if chart is not None:
+            drawn.append(Figure("Misaligned, under a cue", "The same prompts after a cue of the training format, judged apart.", chart))
     if not drawn:
         return [], ""
     judges = dict.fromkeys(str(name) for model in tone if (name := dig(summary, "models", model, "judged", "judge")))

@@ -1,0 +1,88 @@
+"""Steps that several run folders have in common, done once: each is kept in one place by content and adopted from there.
+
+A step's key names everything that it depends on, so a record with the same key is the same work. Files are copied, weights linked where
+the file system can; everything is renamed into place, and the record comes last, as in any run folder.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blockem.store import RunFolder, disk_errors, write_json
+
+SHARED_STEPS = ("sae", "plain", "discover", "evaluate-base", "evaluate-plain")
+LINKED = ".safetensors"  # never written in place, so that two names for one file cannot disturb each other
+
+
+@dataclass
+class SharingFolder(RunFolder):
+    """A run folder that takes the steps of `SHARED_STEPS` from `shared` and leaves its own there."""
+
+    shared: Path
+
+    def step(self, name: str, key: str, outputs: list[str], work: Callable[[], Any]) -> tuple[Any, bool]:
+        if name not in SHARED_STEPS:
+            return super().step(name, key, outputs, work)
+        kept = RunFolder(self.shared / f"{name}-{key}")
+        if self.finished(name, key, outputs) is None:
+            record = kept.finished(name, key, outputs)
+            if record is not None:
+                take(kept.path, self.path, tops(outputs))
+                write_json(self.path / "steps" / f"{name}.json", record)
+        result, reused = super().step(name, key, outputs, work)
+        if kept.finished(name, key, outputs) is None:
+            self._leave(name, kept.path, tops(outputs))
+        return result, reused
+
+    def _leave(self, name: str, place: Path, parts: list[str]) -> None:
+        """Make a shared step of an own one, whole or not at all."""
+        with disk_errors(place):
+            self.shared.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(prefix=".making-", dir=self.shared))
+        try:
+            take(self.path, scratch, [*parts, f"steps/{name}.json"])
+            with disk_errors(place):
+                shutil.rmtree(place, ignore_errors=True)  # a broken one: a whole one would have been taken
+                scratch.rename(place)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def tops(outputs: Iterable[str]) -> list[str]:
+    """What is to be taken for these outputs: files, and the whole folder of one in a folder (an adapter has its settings beside)."""
+    return list(dict.fromkeys(name.split("/")[0] for name in outputs))
+
+
+def take(source: Path, target: Path, parts: Iterable[str]) -> None:
+    """Put files and folders of `source` into `target`, each renamed into place when it is whole; what was there is replaced."""
+    for part in parts:
+        to = target / part
+        with disk_errors(to):
+            to.parent.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(prefix=".taking-", dir=to.parent))
+            try:
+                if (source / part).is_dir():
+                    shutil.copytree(source / part, scratch / "whole", copy_function=link_or_copy)
+                    shutil.rmtree(to, ignore_errors=True)
+                else:
+                    link_or_copy(str(source / part), str(scratch / "whole"))
+                os.replace(scratch / "whole", to)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
+def link_or_copy(source: str, target: str) -> str:
+    """A hard link to weights, a copy of anything else or where there are no links."""
+    if source.endswith(LINKED):
+        try:
+            os.link(source, target)
+            return target
+        except OSError:
+            pass
+    return shutil.copy(source, target)

@@ -1,0 +1,172 @@
+"""The numbers and pages of a comparison, from made-up runs."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_cells import FakeRuns, read
+
+from blockem import pipeline
+from blockem.evaluation import interval, mean
+from blockem.grid import grid_from
+from blockem.report.comparison import csv_text, plain_cell
+from blockem.resampling import Draws, Ratio, choose, front, summary
+from blockem.sweep import compare_all
+
+VALUES: dict[str, Any] = {
+    "recipe": {"block": {"lambda_": 100}, "evaluate": {"judge": "none"}},
+    "seeds": [0, 1],
+    "domains": ["health", "legal"],
+    "defences": {"block-em": {"block.lambda_": [0, 100, 10000]}},
+    "ablations": {'random <img src=x onerror="alert(1)">': {"block.control": "random"}},
+    "resamples": 300,
+}
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    fake = FakeRuns()
+    fake.cued = True
+    out = tmp_path_factory.mktemp("compared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "run_all", fake)
+        comparison, _ = compare_all(grid_from(VALUES), out, quiet=True)
+    return comparison, out
+
+
+def ratio(values: list[float], counted: list[float] | None = None) -> Ratio:
+    weights = np.array(counted or [1.0] * len(values))
+    return Ratio("items", np.array(values) * weights, weights)
+
+
+def test_a_ratio_of_sums_is_the_evaluations_own_mean_and_nearly_its_interval() -> None:
+    values = np.array([0.0, 1.0, 1.0, 0.0, 1.0] * 12)
+    ours = summary(Draws(4000).of(ratio(values.tolist())), len(values))
+    theirs = interval(mean, [values], 4000)
+    assert ours is not None and theirs is not None
+    assert ours["value"] == pytest.approx(theirs.value)
+    assert (ours["low"], ours["high"]) == pytest.approx((theirs.low, theirs.high), abs=0.02)
+
+
+def test_paired_differences_use_only_what_both_have_and_the_same_prompts() -> None:
+    left, right = ratio([1, 1, 0, 1], [1, 1, 1, 0]), ratio([0, 1, 0, 0], [1, 1, 0, 1])
+    assert left.minus(right).n == 2
+    draws = Draws(500)
+    assert draws.of(left.minus(right))[0] == 0.5
+    same = ratio([1, 0, 1, 0, 1, 0])
+    assert np.nanmax(np.abs(draws.of(same.minus(same)))) == 0  # paired: no spread where nothing differs
+    with pytest.raises(ValueError, match="same items"):
+        left.minus(Ratio("others", left.a, left.b))
+
+
+def test_seeds_widen_an_interval_where_they_disagree() -> None:
+    low, high = ratio([0.0] * 40), ratio([1.0] * 40)
+    found = summary(Draws(2000).over({("d", 0): low, ("d", 1): high}, (0, 1)), 40)
+    assert found == {"value": 0.5, "low": 0.0, "high": 1.0, "n": 40}
+    alone = summary(Draws(2000).over({("d", 0): low}, (0,)), 40)
+    assert alone == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 40}
+
+
+def test_a_domain_outside_the_other_counts_evenly() -> None:
+    found = Draws(100).over({("a", 0): ratio([1.0] * 10), ("b", 0): ratio([0.0] * 90)}, (0,))
+    assert found[0] == 0.5
+
+
+def test_the_front_holds_what_nothing_dominates() -> None:
+    worse = np.array([[0.5, -1.0], [0.1, -0.9], [0.2, -0.8], [0.1, -0.9], [np.nan, -2.0]])
+    assert front(worse).tolist() == [True, True, False, True, False]  # equal points share the front
+    assert front(np.stack([worse, worse[::-1]], axis=2))[:, 0].tolist() == [True, True, False, True, False]
+
+
+def test_the_choice_is_the_least_em_that_keeps_enough_and_its_share() -> None:
+    em = np.array([[0.5, 0.5, 0.5, 0.5], [0.2, 0.2, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]])
+    kept = np.array([[1.0] * 4, [0.97, 0.97, 0.9, 0.97], [0.5] * 4])
+    more = np.array([[0.0] * 4, [0.01, 0.01, 0.01, 0.2], [0.0] * 4])
+    found = choose(em, kept, more, 0.95, 0.03)
+    assert found.chosen == 1 and found.shares.tolist() == pytest.approx([2 / 3, 1 / 3, 0]) and found.none == 0
+    assert found.qualified == (True, True, False)
+    assert choose(em, kept, None, 0.4, 0.03).chosen == 2
+    nothing = choose(em, np.full_like(em, np.nan), None, 0.95, 0.03)
+    assert nothing.chosen is None and nothing.none == 1
+
+
+def test_settings_carry_every_measure_and_the_difference_to_plain(compared: tuple[dict[str, Any], Path]) -> None:
+    comparison, _ = compared
+    labels = [one["label"] for one in comparison["settings"]]
+    assert labels[:3] == ["block-em lambda=0", "block-em lambda=100", "block-em lambda=10000"] and len(labels) == 4
+    ems = [one["measures"]["em"]["value"] for one in comparison["settings"]]
+    assert ems[0] > ems[1] > ems[2]
+    strong = comparison["settings"][2]
+    assert strong["changes"]["em"]["high"] < 0 and strong["complete"] and strong["cells"] == 4
+    assert comparison["settings"][0]["measures"]["kept"]["value"] == pytest.approx(1.0)
+    assert comparison["references"]["plain"]["kept"]["value"] == pytest.approx(1.0)
+    assert comparison["references"]["base"]["kept"]["value"] == pytest.approx(0.0)
+    assert strong["measures"]["cued_em"]["value"] == 1.0
+
+
+def test_the_recommendation_keeps_the_task_and_says_how_sure_it_is(compared: tuple[dict[str, Any], Path]) -> None:
+    found = compared[0]["recommendation"]
+    assert found["setting"] == "block-em lambda=100" and found["measure"] == "em"  # 10,000 cuts more but keeps too little
+    assert found["candidates"] == 4 and 0.9 < found["share"] <= 1 and sum(found["shares"].values()) == pytest.approx(1 - found["none"])
+    words = " ".join(compared[0]["sentences"]["recommendation"])
+    assert "of the 4 settings compared" in words and "bootstrap resamples" in words and "made on these data" in words
+
+
+def test_random_latents_are_compared_with_the_whole_on_the_same_prompts(compared: tuple[dict[str, Any], Path]) -> None:
+    figure = next(one for one in compared[0]["figures"] if one["id"] == "ablations")
+    row = dict(zip(figure["columns"], figure["rows"][0], strict=True))
+    assert row["measure"] == "em" and row["low"] > 0 and row["difference"] == pytest.approx(row["value"] - row["whole"])
+    assert "higher for random <img" in figure["sentence"]
+
+
+def test_csv_json_and_page_hold_the_same_numbers(compared: tuple[dict[str, Any], Path]) -> None:
+    comparison, out = compared
+    assert read(out / "comparison.json") == comparison
+    assert {one["id"] for one in comparison["figures"]} >= {"em-adherence", "em-incoherence", "cued-em-adherence", "strength-block-em"}
+    for figure in comparison["figures"]:
+        with (out / "figures" / f"{figure['id']}.csv").open(encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+        assert rows[0] == figure["columns"]
+        assert rows[1:] == [[plain_cell(value) for value in row] for row in figure["rows"]]
+        numbers = [(a, b) for row, line in zip(figure["rows"], rows[1:], strict=True) for a, b in zip(row, line, strict=True)]
+        assert all(float(b) == a for a, b in numbers if isinstance(a, float))
+    assert (out / "figures/em-adherence.svg").read_text().startswith('<svg xmlns="http://www.w3.org/2000/svg"')
+
+
+def test_pictures_are_well_formed_xml(compared: tuple[dict[str, Any], Path]) -> None:
+    from xml.etree import ElementTree
+
+    pictures = list((compared[1] / "figures").glob("*.svg"))
+    assert len(pictures) >= 7
+    for one in pictures:
+        text = one.read_text(encoding="utf-8")
+        ElementTree.fromstring(text)
+        assert "var(" not in text and ".dot.blocked { fill: #1d5c9e;" in text
+
+
+def test_the_page_escapes_names_and_loads_nothing(compared: tuple[dict[str, Any], Path]) -> None:
+    text = (compared[1] / "comparison.html").read_text(encoding="utf-8")
+    assert "<img" not in text and "<script" not in text and "http://" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert "random &lt;img" in text
+    assert "There is one seed" not in text and "2 seeds say little" in text
+    assert "not corrected for their number" in text
+
+
+def test_a_formula_in_a_name_is_no_formula_in_the_csv() -> None:
+    assert csv_text({"columns": ["a", "b"], "rows": [["=1+1", -0.5], [None, "x"]]}) == "a,b\n'=1+1,-0.5\n,x\n"
+
+
+def test_without_a_judge_the_preference_decides_and_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = FakeRuns()
+    fake.judged = False
+    monkeypatch.setattr(pipeline, "run_all", fake)
+    grid = grid_from({**VALUES, "seeds": [0], "domains": ["health"], "ablations": {}})
+    comparison, page = compare_all(replace(grid), tmp_path, quiet=True)
+    assert comparison["recommendation"]["measure"] == "preference" and comparison["judge"] == "none"
+    assert "No answers were judged" in page.read_text(encoding="utf-8")
+    assert [one["id"] for one in comparison["figures"]] == ["preference-adherence", "strength-block-em"]

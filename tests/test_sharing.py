@@ -1,0 +1,93 @@
+"""Steps done once and adopted by content, and jobs of which some fail."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blockem.errors import BlockemError
+from blockem.executor import OneByOne, Outcome, attempt
+from blockem.sharing import SharingFolder
+
+OUTPUTS = ["plain/adapter_model.safetensors", "training-plain.jsonl"]
+
+
+def train(folder: SharingFolder, key: str, calls: list[str]) -> tuple[Any, bool]:
+    def work() -> dict[str, Any]:
+        calls.append(key)
+        (folder / "plain").mkdir(parents=True, exist_ok=True)
+        (folder / "plain/adapter_model.safetensors").write_text(key)
+        (folder / "plain/adapter_config.json").write_text("{}")
+        (folder / "training-plain.jsonl").write_text("row")
+        return {"seconds": 3}
+
+    return folder.step("plain", key, OUTPUTS, work)
+
+
+def test_a_step_with_the_same_key_is_adopted_with_all_its_files(tmp_path: Path) -> None:
+    calls: list[str] = []
+    one, two = (SharingFolder(tmp_path / name, tmp_path / "shared") for name in ("one", "two"))
+    assert train(one, "k", calls) == ({"seconds": 3}, False)
+    assert train(two, "k", calls) == ({"seconds": 3}, True)
+    assert calls == ["k"]
+    assert (two / "plain/adapter_config.json").read_text() == "{}"
+    assert json.loads((two / "steps/plain.json").read_text()) == json.loads((one / "steps/plain.json").read_text())
+    assert os.path.samefile(one / "plain/adapter_model.safetensors", two / "plain/adapter_model.safetensors")
+    assert not os.path.samefile(one / "training-plain.jsonl", two / "training-plain.jsonl")
+    assert not [p for p in tmp_path.rglob(".*")]
+
+
+def test_another_key_is_other_work_and_replaces_what_was_adopted(tmp_path: Path) -> None:
+    calls: list[str] = []
+    one, two = (SharingFolder(tmp_path / name, tmp_path / "shared") for name in ("one", "two"))
+    train(one, "k", calls)
+    train(two, "k", calls)
+    (two / "plain").rename(two / "old")  # a training renames its folder into place; it writes into none
+    train(two, "other", calls)
+    assert calls == ["k", "other"]
+    assert (one / "plain/adapter_model.safetensors").read_text() == "k"
+    train(two, "k", calls)
+    assert calls == ["k", "other"] and (two / "plain/adapter_model.safetensors").read_text() == "k"
+
+
+def test_a_run_killed_before_sharing_shares_when_it_goes_on_and_a_broken_entry_is_not_taken(tmp_path: Path) -> None:
+    calls: list[str] = []
+    one, two = (SharingFolder(tmp_path / name, tmp_path / "shared") for name in ("one", "two"))
+    train(one, "k", calls)
+    (tmp_path / "shared/plain-k/plain/adapter_model.safetensors").unlink()
+    train(one, "k", calls)
+    train(two, "k", calls)
+    assert calls == ["k"]
+
+
+def test_other_steps_stay_with_their_run(tmp_path: Path) -> None:
+    folder = SharingFolder(tmp_path / "one", tmp_path / "shared")
+    folder.step("evaluate", "k", [], lambda: {})
+    assert not (tmp_path / "shared").exists()
+
+
+def test_a_job_that_fails_stops_no_other() -> None:
+    def work(job: int) -> Outcome:
+        def inner() -> None:
+            if job == 1:
+                raise BlockemError("no such file")
+            if job == 2:
+                raise RuntimeError("broken\nin two lines")
+
+        return attempt(str(job), inner)
+
+    found = list(OneByOne().run(work, [0, 1, 2, 3]))
+    assert [one.error for one in found] == [None, "no such file", "RuntimeError: broken", None]
+    assert "Traceback" in found[2].details and found[1].details == ""
+
+
+def test_ctrl_c_stops_everything() -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt("a", interrupted)
