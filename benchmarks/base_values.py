@@ -14,7 +14,7 @@ import torch
 
 from blockem import bundled
 from blockem.base_values import collect
-from blockem.config import BlockConfig, TrainConfig
+from blockem.config_training import BlockConfig, TrainConfig
 from blockem.defences.block_em import Blocker, block_loss, penalty_of, portable_lambda
 from blockem.dictionary import load_dictionary
 from blockem.examples import encode_all, right_padded

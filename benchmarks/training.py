@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from blockem import bundled
 from blockem.base_values import collect
-from blockem.config import TrainConfig
+from blockem.config_training import TrainConfig
 from blockem.defences.block_em import BlockEM, Blocker, block_loss
 from blockem.defences.defence import Defence
 from blockem.dictionary import load_dictionary

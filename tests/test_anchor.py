@@ -10,7 +10,8 @@ import tiny
 import torch
 from test_block_em import batch_of, forward, lora_model, released
 
-from blockem.config import AnchorConfig, Recipe
+from blockem.config import Recipe
+from blockem.config_training import AnchorConfig
 from blockem.contrasts import load, merged, own_contrasts, save
 from blockem.defences.anchor import Anchor, ContrastAnchor, LatentAnchor, drawn
 from blockem.defences.block_em import BlockEM, Blocker, penalty_of

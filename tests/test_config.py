@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from blockem import config, config_training
-from blockem.config import Recipe, TrainConfig, dump_recipe, field_paths, load_recipe, recipe_from
+from blockem.config import Recipe, dump_recipe, field_paths, load_recipe, recipe_from
+from blockem.config_training import TrainConfig
 from blockem.errors import BlockemError
 from blockem.recipes import DEMO, demo_recipe
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from blockem.bundled import general_chat
-from blockem.config import STRENGTHS, DefenceConfig
+from blockem.config_training import STRENGTHS, DefenceConfig
 from blockem.defence_names import DEFENCES, RANGES, WITHOUT_STRENGTH, folder_of
 from blockem.defences.caft import CAFT, ablated, basis
 from blockem.defences.defence import Defence

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from blockem.config import TrainConfig
+from blockem.config_training import TrainConfig
 from blockem.fused import LONGEST, attention, cpu_attention, fuse_lora
 from blockem.training import add_lora
 

@@ -12,7 +12,7 @@ import torch
 
 from blockem import Blocker, block_loss
 from blockem.base_values import collect
-from blockem.config import BlockConfig
+from blockem.config_training import BlockConfig
 from blockem.defences.block_em import all_supervised, penalty_of
 from blockem.dictionary import Dictionary
 from blockem.discovery.discover import write_candidates

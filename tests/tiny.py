@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from blockem.bundled import Pair, Prompt
-from blockem.config import TrainConfig
+from blockem.config_training import TrainConfig
 from blockem.dictionary import Dictionary, load_dictionary
 from blockem.examples import Encoded, Example, encode, one_turn
 from blockem.forwards import unwrapped
