@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from blockem import bundled
+from blockem.defence_names import BLOCK_EM
 from blockem.evaluation import RATES, Array
-from blockem.grid import OWN, Cell, Grid, Setting
+from blockem.grid import Cell, Grid, Setting
 from blockem.resampling import Draws, Ratio, choose, front, summary
 from blockem.store import read_json
 
@@ -45,7 +46,7 @@ class Measured:
 def variant_of(cell: Cell, names: Sequence[str]) -> str:
     """Which of a run's models the cell is about: the one that is neither base nor plain, if there is one."""
     control = cell.recipe.block.control == "random"
-    wanted = "random" if control else "blocked" if cell.setting.kind != "defence" or cell.setting.name == OWN else cell.setting.name
+    wanted = "random" if control else "blocked" if cell.setting.kind != "defence" or cell.setting.name == BLOCK_EM else cell.setting.name
     others = [name for name in names if name not in ("base", "plain")]
     return wanted if wanted in names else others[-1] if others else "plain"
 

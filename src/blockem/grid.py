@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from blockem.config import CompareConfig, Recipe, field_paths, load_recipe, recipe_from
+from blockem.config import CompareConfig, Recipe, load_recipe, recipe_from
 from blockem.config_values import build
+from blockem.defence_names import BLOCK_EM
 from blockem.errors import BlockemError
 from blockem.store import content_key
 
-OWN = "block-em"
 STRENGTH = "defence.strength"
 PLACES = ("recipe", "seeds", "domains", "defences", "ablations")
 
@@ -123,7 +123,7 @@ def grid_from(values: Any, folder: Path = Path()) -> Grid:
         raise BlockemError("transfer is true, but there is one domain only; name at least two under domains")
     reference = None
     if ablations or config.transfer:
-        whole = Setting("defence", OWN, changes=_named(OWN))
+        whole = Setting("defence", BLOCK_EM, changes=_named(BLOCK_EM))
         same = [one for one in settings if _changed(recipe, one) == _changed(recipe, whole)]
         reference = same[0] if same else whole
         settings += [] if same else [whole]
@@ -191,8 +191,8 @@ def _domains(given: Any, recipe: Recipe, folder: Path) -> dict[str, Recipe]:
 
 
 def _named(defence: str) -> tuple[tuple[str, Any], ...]:
-    """The field that chooses a defence; block-em needs none where there is no choice."""
-    return (("defence.name", defence),) if defence != OWN or "defence.name" in field_paths() else ()
+    """The field that chooses a defence."""
+    return (("defence.name", defence),)
 
 
 def _defence(name: str, spec: Any) -> list[Setting]:
@@ -220,7 +220,7 @@ def _frozen(value: Any) -> Any:
 def _ablation(name: str, spec: Any) -> Setting:
     if not isinstance(spec, dict) or not spec:
         raise BlockemError(f"ablations: {name} must be a mapping of recipe fields, for example {{block.control: random}}")
-    return Setting("ablation", name, changes=(*_named(OWN), *((str(path), _frozen(value)) for path, value in spec.items())))
+    return Setting("ablation", name, changes=(*_named(BLOCK_EM), *((str(path), _frozen(value)) for path, value in spec.items())))
 
 
 def _changed(recipe: Recipe, setting: Setting) -> Recipe:

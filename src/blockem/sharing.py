@@ -16,7 +16,7 @@ from typing import Any
 
 from blockem.store import RunFolder, disk_errors, write_json
 
-SHARED_STEPS = ("sae", "plain", "discover", "evaluate-base", "evaluate-plain")
+SHARED_STEPS = ("sae", "plain", "discover", "contrasts-blocked", "contrasts-anchor", "evaluate-base", "evaluate-plain")
 LINKED = ".safetensors"  # never written in place, so that two names for one file cannot disturb each other
 
 

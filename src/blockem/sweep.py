@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blockem.defence_names import BLOCK_EM
 from blockem.errors import BlockemError
 from blockem.executor import Executor, OneByOne, Outcome, attempt
-from blockem.grid import OWN, Cell, Grid
+from blockem.grid import Cell, Grid
 from blockem.progress import Console
 from blockem.sharing import SharingFolder, take
 from blockem.store import RunFolder, content_key, file_key, write_json, write_text
@@ -60,7 +61,7 @@ def waves(grid: Grid) -> list[list[Cell]]:
 
     The cells of one wave do not need each other. The first of a group is one of block-em where there is any, since it also discovers.
     """
-    own = [cell for cell in grid.cells if cell.setting.kind == "defence" and cell.setting.name == OWN]
+    own = [cell for cell in grid.cells if cell.setting.kind == "defence" and cell.setting.name == BLOCK_EM]
     first: dict[str, Cell] = {}
     for cell in [*own, *(one for one in grid.cells if one.setting.kind != "transfer")]:
         first.setdefault(plain_group(cell.recipe), cell)
