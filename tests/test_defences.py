@@ -55,7 +55,7 @@ def test_every_defence_has_a_strength_in_range_or_none() -> None:
 @pytest.mark.parametrize(
     ("name", "strength", "sentence"),
     [
-        ("vaccine", None, "defence.name is 'vaccine'; use one of plain, block-em, kl"),
+        ("vaccine", None, "defence.name is 'vaccine'; use one of plain, block-em, anchor, kl"),
         ("block-em", 1.0, "set block.lambda_ or block.r instead"),
         ("plain", 1.0, "defence.strength does nothing for plain"),
         ("kl", -1.0, "defence.strength is -1; for kl it is 0 or more"),
@@ -305,8 +305,14 @@ def test_a_resumed_early_stop_ends_at_the_same_step(lm: LanguageModel, tmp_path:
 
 
 def test_every_file_of_the_room_is_a_defence() -> None:
+    """But for what holds several together, and for what watches beside BLOCK-EM."""
     import blockem.defences
 
-    files = {path.stem for path in Path(blockem.defences.__file__ or "").parent.glob("*.py")} - {"__init__", "defence"}
+    files = {path.stem for path in Path(blockem.defences.__file__ or "").parent.glob("*.py")} - {
+        "__init__",
+        "defence",
+        "together",
+        "watchdog",
+    }
     known: Any = {name.replace("-", "_") for name in DEFENCES} - {"plain"}
     assert files == known

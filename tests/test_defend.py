@@ -31,9 +31,10 @@ TRAINED = ("kl", "ldifs", "interleaving", "inoculation", "preventative", "caft",
 
 @pytest.fixture
 def recipe(tmp_path: Path, lm: LanguageModel, dictionary: Dictionary) -> Recipe:
-    pairs, prompts = tmp_path / "pairs.jsonl", tmp_path / "prompts.jsonl"
+    pairs, prompts, asked = (tmp_path / f"{name}.jsonl" for name in ("pairs", "prompts", "asked"))
     pairs.write_text("".join(json.dumps({**p.__dict__, "split": "eval"}) + "\n" for p in tiny.pairs()))
     prompts.write_text("".join(json.dumps(p.__dict__) + "\n" for p in tiny.prompts()[:2]))
+    asked.write_text("".join(json.dumps(p.__dict__) + "\n" for p in tiny.prompts()[2:4]))
     quick = {f"train.{name}": value for name, value in vars(tiny.train_config(epochs=2)).items()}
     return Recipe().with_values(
         {
@@ -48,7 +49,7 @@ def recipe(tmp_path: Path, lm: LanguageModel, dictionary: Dictionary) -> Recipe:
             "data.heldout_rows": 4,
             "data.pairs": str(pairs),
             "data.prompts": str(prompts),
-            "data.selection_prompts": str(prompts),
+            "data.selection_prompts": str(asked),
             "discover.max_new_tokens": 4,
             "evaluate.max_new_tokens": 4,
             "evaluate.general_rows": 3,

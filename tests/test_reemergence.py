@@ -382,10 +382,11 @@ def recipe(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Recip
     tiny.saved_sae(folder / "sae")
     data = [{"messages": one.chat(), "domain": "health"} for one in tiny.rows()]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data), encoding="utf-8")
-    pairs = [{**one.__dict__, "split": split} for one in tiny.pairs() for split in ("select", "eval")]
+    pairs = [{**one.__dict__, "split": "select" if i < 3 else "eval"} for i, one in enumerate(tiny.pairs())]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs), encoding="utf-8")
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(one.__dict__) + "\n" for one in tiny.prompts()), encoding="utf-8")
-    rows, asked = str(folder / "rows.jsonl"), str(folder / "prompts.jsonl")
+    for name, some in (("final", tiny.prompts()[:3]), ("selecting", tiny.prompts()[3:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(one.__dict__) + "\n" for one in some), encoding="utf-8")
+    rows = str(folder / "rows.jsonl")
     quick = {name: value for name, value in tiny.train_config().__dict__.items() if name != "lora_targets"}
     return Recipe().with_values(
         {
@@ -396,8 +397,8 @@ def recipe(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Recip
             "data.heldout": rows,
             "data.general": rows,
             "data.pairs": str(folder / "pairs.jsonl"),
-            "data.prompts": asked,
-            "data.selection_prompts": asked,
+            "data.prompts": str(folder / "final.jsonl"),
+            "data.selection_prompts": str(folder / "selecting.jsonl"),
             "sae.id": str(folder / "sae"),
             "sae.block": tiny.BLOCK,
             "sae.allow_poor_fit": True,

@@ -125,11 +125,11 @@ class DefenceTrainer(SafeTrainer):
             self._counted_steps = self.state.global_step
             norms = {name: value for name, value in self._sums.items() if name.startswith("grad_norm")}
             logs.update({name: value / steps for name, value in self._over_processes(self._sums).items()}, **norms)
-            weighted = logs.pop("weighted", 0.0)
-            logs["loss"] = logs["sft_loss"] + weighted  # the Trainer's own forgets the steps before a resume
+            weighted = logs.pop("weighted", None)
+            logs["loss"] = logs["sft_loss"] + (weighted or 0.0)  # the Trainer's own forgets the steps before a resume
             numbers = self.defence.logs()
             logs.update(numbers)
-            if weighted and "penalty" not in logs and "anchor" not in logs:  # a defence that measures nothing else
+            if weighted is not None and "penalty" not in logs and "anchor" not in logs:  # a defence that measures nothing else
                 logs["penalty"] = weighted / (numbers.get("lambda") or 1.0)
             for name, whole in (("penalty", "p_mis"), ("anchor", "anchor_reference")):
                 if name in logs and numbers.get(whole):
