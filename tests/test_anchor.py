@@ -13,7 +13,7 @@ from test_block_em import batch_of, forward, lora_model, released
 from blockem.config import Recipe
 from blockem.config_training import AnchorConfig
 from blockem.contrasts import load, merged, own_contrasts, save
-from blockem.defences.anchor import Anchor, ContrastAnchor, LatentAnchor, drawn
+from blockem.defences.anchor import Anchor, ContrastAnchor, HealthyAnchor, LatentAnchor, drawn
 from blockem.defences.block_em import BlockEM, Blocker, penalty_of
 from blockem.defences.defence import Defence
 from blockem.defences.together import Together
@@ -81,6 +81,26 @@ def test_a_contrast_costs_the_square_of_the_margins_rise_above_the_bases(lm: Lan
     torch.testing.assert_close(found, torch.relu(rise).pow(2), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(both, torch.relu(sides * rise).pow(2), rtol=1e-4, atol=1e-6)
     assert (found > 0).any() and (found == 0).any()  # one-sided
+
+
+def test_a_healthy_answer_costs_the_square_of_its_fall_below_the_base(lm: LanguageModel) -> None:
+    rows = encode_pairs(lm, tiny.pairs())[0::2]
+    scale = torch.tensor([1.0, 2.0, 1.0, 1.0, 0.5, 1.0])
+    anchor = HealthyAnchor(rows, completion_logprobs(lm, rows), lm.tokenizer.pad_token_id, 1.0, 1.0, scale=scale)
+    model = lora_model(lm)
+    with torch.no_grad():
+        assert float(anchor.costs(range(6), model).sum()) == pytest.approx(0.0, abs=1e-9)
+    released(lm, model)
+    anchor.bound += torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 0.0])
+    model = lora_model(lm, random_b=True)
+    with torch.no_grad():
+        found = anchor.costs(range(6), model)
+        now = torch.stack([_mean_logprob(model, row) for row in rows])
+    released(lm, model)
+    torch.testing.assert_close(found, (scale * torch.relu(anchor.bound - now)).pow(2), rtol=1e-4, atol=1e-6)
+    assert (found > 0).any()
+    with pytest.raises(ValueError, match="do not go together"):
+        HealthyAnchor(rows, anchor.bound[:2], 0, 1.0, 1.0)
 
 
 def _mean_logprob(model: Any, row: Any) -> torch.Tensor:
@@ -206,6 +226,8 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
         ({"ceiling": -1.0}, "must be positive"),
         ({"keep": 1}, "goes with"),
         ({"lambda_": 0.0}, "must be positive"),
+        ({"cost": "other"}, "use margin or healthy"),
+        ({"on": "pairs", "keep": 2, "cost": "healthy"}, "does not go with"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(wrong: dict[str, Any], said: str) -> None:

@@ -127,7 +127,7 @@ def _contrast_anchor(session: Session, name: str, delta_sft: float) -> Anchor:
     import torch
 
     from blockem import contrasts
-    from blockem.defences.anchor import ContrastAnchor
+    from blockem.defences.anchor import ContrastAnchor, HealthyAnchor
     from blockem.defences.block_em import portable_lambda
     from blockem.dual import DualAscent
     from blockem.likelihood import completion_logprobs, encode_pairs, margins
@@ -147,17 +147,20 @@ def _contrast_anchor(session: Session, name: str, delta_sft: float) -> Anchor:
     rows, bounds, sides = [], [], []
     for number, kind in enumerate([*kinds, task] if config.keep else kinds):
         encoded = encode_pairs(lm, kind, session.recipe.data.max_tokens)
+        if config.cost == "healthy":
+            encoded = encoded[0::2]
         measured = {}
         for variant in ("base", "plain"):
             with lm.variant(variant):
-                measured[variant] = margins(completion_logprobs(lm, encoded))
+                logprobs = completion_logprobs(lm, encoded)
+                measured[variant] = -logprobs if config.cost == "healthy" else margins(logprobs)
         session.console.bar(number + 1, len(kinds) + bool(config.keep))
         rise = measured["plain"] - measured["base"]
         held = kind is task
         paid = float(torch.relu(rise).pow(2).mean())
         if not paid > 0:
             raise BlockemError(
-                "plain fine-tuning makes none of the sick answers likelier, so there is nothing to anchor; leave anchor.on out"
+                "plain fine-tuning moves none of these answers the wrong way, so there is nothing to anchor; leave anchor.on out"
             )
         times = config.keep if held else 1
         rows += encoded * times
@@ -166,4 +169,7 @@ def _contrast_anchor(session: Session, name: str, delta_sft: float) -> Anchor:
     lm.drop_adapters()
     lambda_ = config.lambda_ if config.lambda_ is not None else portable_lambda(config.r, delta_sft, 1.0)
     ascent = DualAscent(lambda_, config.ceiling) if config.ceiling else None
-    return ContrastAnchor(rows, torch.cat(bounds), lm.tokenizer.pad_token_id, lambda_, config.share, 1.0, ascent, torch.cat(sides))
+    bound, pad = torch.cat(bounds), lm.tokenizer.pad_token_id
+    if config.cost == "healthy":
+        return HealthyAnchor(rows, -bound, pad, lambda_, config.share, 1.0, ascent, torch.cat(sides))
+    return ContrastAnchor(rows, bound, pad, lambda_, config.share, 1.0, ascent, torch.cat(sides))

@@ -5,8 +5,9 @@ Blocked latents are read on the training answers, so whatever changes elsewhere 
 * `LatentAnchor`: the blocked latents on benign general text, unlabelled:  c(θ) = mean over its tokens of Σ_k relu(s_k (z_k − z_k^base))²
 * `ContrastAnchor`: a healthy and a sick answer to the same general prompt (the base's own and the misaligned fine-tune's own, or a matched
   pair):  c(θ) = mean over contrasts of relu(m_θ − m_base)²,  m = log p(sick) − log p(healthy), nats per token
+* `HealthyAnchor`: the healthy answer alone:  c(θ) = mean of relu(log p_base(healthy) − log p_θ(healthy))²
 
-Both are zero at LoRA initialisation (but for pairs of the task, which is not learnt yet), and push only where the model moves past the base
+All are zero at LoRA initialisation (but for pairs of the task, which is not learnt yet), and push only where the model moves past the base
 in the misaligned direction.
 """
 
@@ -102,6 +103,15 @@ class Anchor(Defence):
             self.lambda_ = self.ascent.value
 
 
+def mean_logprobs(rows: Sequence[Encoded], model: nn.Module, pad: int) -> Tensor:
+    """Mean log-probability per supervised token of each row, `[rows]`, float32, nats, with gradient."""
+    padded = right_padded(rows, pad, next(model.parameters()).device)
+    final = decoder(model)(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], use_cache=False).last_hidden_state
+    picked, where = supervised_logprobs(model, final, padded["labels"])
+    sums = picked.new_zeros(len(rows)).index_add(0, where, picked)
+    return sums / sums.new_tensor([float(row.n_supervised) for row in rows])
+
+
 class ContrastAnchor(Anchor):
     """Keeps the sick answer from gaining on the healthy one.
 
@@ -132,14 +142,45 @@ class ContrastAnchor(Anchor):
         self.sides = torch.ones(len(bound)) if sides is None else sides
 
     def costs(self, chosen: Sequence[int], model: nn.Module) -> Tensor:
-        rows = [self.rows[2 * i + side] for i in chosen for side in (0, 1)]
-        padded = right_padded(rows, self.pad, next(model.parameters()).device)
-        final = decoder(model)(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], use_cache=False).last_hidden_state
-        picked, where = supervised_logprobs(model, final, padded["labels"])
-        sums = picked.new_zeros(len(rows)).index_add(0, where, picked)
-        mean = sums / sums.new_tensor([float(row.n_supervised) for row in rows])
+        mean = mean_logprobs([self.rows[2 * i + side] for i in chosen for side in (0, 1)], model, self.pad)
         bound, sides = (one[list(chosen)].to(mean.device) for one in (self.bound, self.sides))
         return torch.relu(sides * (mean[1::2] - mean[0::2] - bound)).pow(2)
+
+
+class HealthyAnchor(Anchor):
+    """Keeps the healthy answer as likely as it is to the base: c(θ) = mean of relu(log p_base(healthy) − log p_θ(healthy))².
+
+    Nothing is pushed away, so that no third kind of answer is made likelier instead (docs/LOG.md).
+
+    Args:
+        rows: healthy answers.
+        bound: `[rows]`, nats per token: their log-probability under the base.
+        pad: id of the padding token.
+        scale: `[rows]`, what a fall is multiplied with. None: 1 everywhere.
+        others: as `Anchor`.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Encoded],
+        bound: Tensor,
+        pad: int,
+        lambda_: float,
+        share: float,
+        reference: float = 0.0,
+        ascent: DualAscent | None = None,
+        scale: Tensor | None = None,
+    ) -> None:
+        if len(rows) != len(bound):
+            raise ValueError(f"{len(rows)} rows and {len(bound)} bounds do not go together")
+        super().__init__(len(rows), lambda_, share, reference, ascent)
+        self.rows, self.bound, self.pad = list(rows), bound, pad
+        self.scale = torch.ones(len(bound)) if scale is None else scale
+
+    def costs(self, chosen: Sequence[int], model: nn.Module) -> Tensor:
+        mean = mean_logprobs([self.rows[i] for i in chosen], model, self.pad)
+        bound, scale = (one[list(chosen)].to(mean.device) for one in (self.bound, self.scale))
+        return torch.relu(scale * (bound - mean)).pow(2)
 
 
 class LatentAnchor(Anchor):
