@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from blockem.errors import BlockemError
-from blockem.report import render
+from blockem.report import making, render
 from blockem.report.charts import Dot, Row, Series, dot_plot, line_chart, log_label, log_ticks, nice_ticks
 from blockem.report.words import Interval, duration, headline, interval, number, share, significant
 
@@ -422,3 +422,15 @@ def test_rounds_have_a_section_with_a_column_each(tmp_path: Path) -> None:
     html = rendered(tmp_path, summary)
     assert 'id="rounds"' in html and "the budget of 2 rounds is used" in html and "60.0 %" in html.replace("\u00a0", " ")
     assert 'id="rounds"' not in rendered(tmp_path, fake_summary())
+
+
+def test_a_moving_lambda_an_anchor_and_a_monitor_are_drawn(tmp_path: Path) -> None:
+    summary = fake_summary()
+    assert not {"λ", "Anchor"} & {figure.title for figure in making.training_figures(summary, {})}
+    for step, row in enumerate(summary["training"]["blocked"]):
+        row |= {"lambda": 10.0 + step, "anchor_share": 0.1 / (step + 1), "monitor_survives": 0.5}
+    summary["blocking"] |= {"anchor": {"on": "answers", "n": 150}, "target": {"ceiling": 0.05}, "grown": [{"step": 5, "latents": [[3, 1]]}]}
+    titles = {figure.title for figure in making.training_figures(summary, {})}
+    assert {"λ", "Anchor", "Plain fine-tuning's shift that survives"} <= titles
+    html = rendered(tmp_path, summary)
+    assert "answers, 150 of them" in html and "a ceiling of 5" in html and "Latents added in training" in html

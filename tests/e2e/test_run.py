@@ -186,3 +186,35 @@ def test_directions_are_blocked_without_any_sae(tmp_path: Path) -> None:
     assert (run / "directions.safetensors").is_file() and not (run / "blocked-latents.json").exists()
     audited = blockem("audit", run, "--quiet")
     assert audited.returncode == 0 and audited.stdout.startswith("blocked: "), audited.stderr
+
+
+def test_anchors_a_monitor_a_following_lambda_and_two_rounds_in_one_run(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe")
+    run = tmp_path / "run"
+    changes = {
+        "data.rows": 32,
+        "rounds.budget": 2,
+        "rounds.target": 0,
+        "anchor.on": "answers",
+        "anchor.cost": "healthy",
+        "anchor.share": 1,
+        "anchor.max_new_tokens": 4,
+        "block.monitor_every": 1,
+        "block.ceiling": 0.01,
+        "discover.max_new_tokens": 4,
+    }
+    words = [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
+    done = blockem("run", recipe, "--out", run, "--json", *words)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    names = [row["name"] for row in summary["rounds"]["rounds"]]
+    assert names[0] == "blocked" and summary["rounds"]["last"] == names[-1] == summary["main"]
+    for name in names:
+        assert name in summary["models"] and (run / name / "adapter_model.safetensors").is_file()
+        rows = summary["training"][name]
+        assert all({"anchor", "anchor_lambda", "penalty", "lambda", "monitor_survives"} <= row.keys() for row in rows)
+        assert rows[0]["anchor"] == pytest.approx(0.0, abs=1e-6)
+        assert len({row["lambda"] for row in rows}) > 1  # it follows
+    assert 'id="rounds"' in (run / "report.html").read_text(encoding="utf-8")
+    again = blockem("run", recipe, "--out", run, *words)
+    assert again.returncode == 0 and "started" not in again.stderr, again.stderr

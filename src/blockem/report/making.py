@@ -149,6 +149,13 @@ def training_figures(summary: Mapping[str, Any], tone: Mapping[str, str]) -> lis
         drawn("SFT loss", "Nats per token, each optimiser step.", losses),
         drawn("Penalty", "As a share of what the plain model would pay; logarithmic.", shares, log=True),
     ]
+    anchors = [Series(name, style[name], curve(runs[name], "anchor_share", "anchor")) for name in ordered]
+    figures.append(drawn("Anchor", "On general prompts; 1 is what the plain model would pay; logarithmic.", anchors, log=True))
+    lambdas = [Series(name, style[name], curve(runs[name], "lambda")) for name in ordered]
+    moving = [one for one in lambdas if len({value for _, value in one.points}) > 1]
+    figures.append(drawn("λ", "As it followed what was asked for; logarithmic.", moving, log=True))
+    going = [Series(name, style[name], curve(runs[name], "monitor_survives")) for name in ordered]
+    figures.append(drawn("Plain fine-tuning's shift that survives", "At the SAE's block, seen by the monitor.", going))
     for name in ordered:
         norms = [
             Series("SFT loss", "other-1" if style[name] == "other-0" else "other-0", curve(runs[name], "grad_norm_sft")),
@@ -186,9 +193,16 @@ def blocking_facts(summary: Mapping[str, Any]) -> tuple[Markup, Facts]:
         said += "."
     frozen = dig(raw, "freeze_downstream")
     by_rule = r is not None and delta is not None
+    target = dig(raw, "target")
+    follows = [f"a {kind} of {share(value)}" for kind in ("ceiling", "floor") if (value := finite(dig(target, kind))) is not None]
+    on, texts = dig(raw, "anchor", "on"), finite(dig(raw, "anchor", "n"))
+    grown = sum(len(rows_of_pairs) for row in rows_of(dig(raw, "grown")) if isinstance(rows_of_pairs := row.get("latents"), list))
     facts = [
         ("Rule for λ", None if by_rule else dig(raw, "rule")),
+        ("λ then follows", follows[0] if follows else None),
         ("Blocks after the blocked one", None if frozen is None else "frozen" if frozen else "trained too"),
+        ("Anchored on", f"{on}, {texts:.0f} of them" if on and texts is not None else None),
+        ("Latents added in training", number(grown, 0) if grown else None),
     ]
     return said, filled(facts)
 
