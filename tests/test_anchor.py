@@ -86,20 +86,20 @@ def test_a_contrast_costs_the_square_of_the_margins_rise_above_the_bases(lm: Lan
 def test_a_healthy_answer_costs_the_square_of_its_fall_below_the_base(lm: LanguageModel) -> None:
     rows = encode_pairs(lm, tiny.pairs())[0::2]
     scale = torch.tensor([1.0, 2.0, 1.0, 1.0, 0.5, 1.0])
-    anchor = HealthyAnchor(rows, completion_logprobs(lm, rows), lm.tokenizer.pad_token_id, 1.0, 1.0, scale=scale)
+    anchor = HealthyAnchor(rows, -completion_logprobs(lm, rows), lm.tokenizer.pad_token_id, 1.0, 1.0, sides=scale)
     model = lora_model(lm)
     with torch.no_grad():
         assert float(anchor.costs(range(6), model).sum()) == pytest.approx(0.0, abs=1e-9)
     released(lm, model)
-    anchor.bound += torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 0.0])
+    anchor.bound -= torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 0.0])
     model = lora_model(lm, random_b=True)
     with torch.no_grad():
         found = anchor.costs(range(6), model)
         now = torch.stack([_mean_logprob(model, row) for row in rows])
     released(lm, model)
-    torch.testing.assert_close(found, (scale * torch.relu(anchor.bound - now)).pow(2), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found, (scale * torch.relu(-now - anchor.bound)).pow(2), rtol=1e-4, atol=1e-6)
     assert (found > 0).any()
-    with pytest.raises(ValueError, match="do not go together"):
+    with pytest.raises(ValueError, match="not 1 for each"):
         HealthyAnchor(rows, anchor.bound[:2], 0, 1.0, 1.0)
 
 

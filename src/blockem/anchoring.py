@@ -169,7 +169,5 @@ def _contrast_anchor(session: Session, name: str, delta_sft: float) -> Anchor:
     lm.drop_adapters()
     lambda_ = config.lambda_ if config.lambda_ is not None else portable_lambda(config.r, delta_sft, 1.0)
     ascent = DualAscent(lambda_, config.ceiling) if config.ceiling else None
-    bound, pad = torch.cat(bounds), lm.tokenizer.pad_token_id
-    if config.cost == "healthy":
-        return HealthyAnchor(rows, -bound, pad, lambda_, config.share, 1.0, ascent, torch.cat(sides))
-    return ContrastAnchor(rows, bound, pad, lambda_, config.share, 1.0, ascent, torch.cat(sides))
+    kind_of = HealthyAnchor if config.cost == "healthy" else ContrastAnchor
+    return kind_of(rows, torch.cat(bounds), lm.tokenizer.pad_token_id, lambda_, config.share, 1.0, ascent, torch.cat(sides))

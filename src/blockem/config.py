@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from blockem.config_training import AnchorConfig, BlockConfig, DefenceConfig, RoundsConfig, TrainConfig
-from blockem.config_values import build, need, plain
+from blockem.config_values import build, need, plain, read_yaml
 from blockem.errors import BlockemError
 
 
@@ -284,18 +284,7 @@ def load_recipe(path: str | Path) -> Recipe:
     Raises:
         BlockemError: the file is missing, not YAML, or has unknown or wrong fields.
     """
-    import yaml
-
-    path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BlockemError(f"{path}: no such recipe") from error
-    except OSError as error:
-        raise BlockemError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BlockemError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
-    return recipe_from(values or {})
+    return recipe_from(read_yaml(Path(path), "recipe") or {})
 
 
 def dump_recipe(recipe: Recipe) -> str:

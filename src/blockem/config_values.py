@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from pathlib import Path
 from typing import Any, Union
 
 from blockem.errors import BlockemError
@@ -14,6 +15,24 @@ def need(condition: bool, sentence: str) -> None:
     """Raise a BlockemError of one sentence where a value is wrong."""
     if not condition:
         raise BlockemError(sentence)
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """What a YAML file holds (safe loader).
+
+    Raises:
+        BlockemError: the file is missing or not YAML.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BlockemError(f"{path}: no such {what}") from error
+    except OSError as error:
+        raise BlockemError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BlockemError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
 
 
 def plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from blockem.config import CompareConfig, Recipe, load_recipe, recipe_from
-from blockem.config_values import build
+from blockem.config_values import build, read_yaml
 from blockem.defence_names import BLOCK_EM
 from blockem.errors import BlockemError
 from blockem.store import content_key
@@ -83,17 +83,8 @@ def load_grid(path: str | Path) -> Grid:
     Raises:
         BlockemError: the file is missing, not YAML, or a sentence that says which entry is wrong and what it may be.
     """
-    import yaml
-
     path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BlockemError(f"{path}: no such grid file") from error
-    except OSError as error:
-        raise BlockemError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BlockemError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
+    values = read_yaml(path, "grid file")
     try:
         return grid_from(values, path.parent)
     except BlockemError as error:

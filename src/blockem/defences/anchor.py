@@ -26,6 +26,7 @@ from blockem.dual import DualAscent
 from blockem.examples import IGNORED, Encoded, right_padded
 from blockem.forwards import base_weights, decoder, hidden_at_each
 from blockem.head import supervised_logprobs
+from blockem.likelihood import margins
 
 if TYPE_CHECKING:
     from blockem.defences.block_em import Blocker
@@ -112,17 +113,19 @@ def mean_logprobs(rows: Sequence[Encoded], model: nn.Module, pad: int) -> Tensor
     return sums / sums.new_tensor([float(row.n_supervised) for row in rows])
 
 
-class ContrastAnchor(Anchor):
-    """Keeps the sick answer from gaining on the healthy one.
+class AnswerAnchor(Anchor):
+    """Holds a number m of given answers on one side of a bound: c = relu(side · (m − bound))².
 
     Args:
-        rows: healthy and sick answers in turn (`likelihood.encode_pairs`), so that rows 2i and 2i + 1 are contrast i.
-        bound: `[contrasts]`, nats per token: m of the base model.
+        rows: answers, `per` of them in turn for each anchor.
+        bound: `[anchors]`, nats per token.
         pad: id of the padding token.
-        sides: `[contrasts]`: positive where m may not rise above the bound, negative where it may not fall below it (pairs of the task
+        sides: `[anchors]`: positive where m may not rise above the bound, negative where it may not fall below it (pairs of the task
             itself, bounded by what plain fine-tuning reaches there); its size scales what lies beyond. None: +1 everywhere.
         others: as `Anchor`.
     """
+
+    per: int
 
     def __init__(
         self,
@@ -135,52 +138,49 @@ class ContrastAnchor(Anchor):
         ascent: DualAscent | None = None,
         sides: Tensor | None = None,
     ) -> None:
-        if len(rows) != 2 * len(bound):
-            raise ValueError(f"{len(rows)} rows are not two for each of {len(bound)} contrasts")
+        if len(rows) != self.per * len(bound):
+            raise ValueError(f"{len(rows)} rows are not {self.per} for each of {len(bound)} anchors")
         super().__init__(len(bound), lambda_, share, reference, ascent)
         self.rows, self.bound, self.pad = list(rows), bound, pad
         self.sides = torch.ones(len(bound)) if sides is None else sides
 
+    def value(self, logprobs: Tensor) -> Tensor:
+        """m of each anchor from its answers' mean log-probabilities, nats per token."""
+        raise NotImplementedError
+
     def costs(self, chosen: Sequence[int], model: nn.Module) -> Tensor:
-        mean = mean_logprobs([self.rows[2 * i + side] for i in chosen for side in (0, 1)], model, self.pad)
-        bound, sides = (one[list(chosen)].to(mean.device) for one in (self.bound, self.sides))
-        return torch.relu(sides * (mean[1::2] - mean[0::2] - bound)).pow(2)
+        rows = [self.rows[self.per * i + part] for i in chosen for part in range(self.per)]
+        padded = right_padded(rows, self.pad, next(model.parameters()).device)
+        final = decoder(model)(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], use_cache=False).last_hidden_state
+        picked, where = supervised_logprobs(model, final, padded["labels"])
+        sums = picked.new_zeros(len(rows)).index_add(0, where, picked)
+        found = self.value(sums / sums.new_tensor([float(row.n_supervised) for row in rows]))
+        bound, sides = (one[list(chosen)].to(found.device) for one in (self.bound, self.sides))
+        return torch.relu(sides * (found - bound)).pow(2)
 
 
-class HealthyAnchor(Anchor):
-    """Keeps the healthy answer as likely as it is to the base: c(θ) = mean of relu(log p_base(healthy) − log p_θ(healthy))².
+class ContrastAnchor(AnswerAnchor):
+    """Keeps the sick answer from gaining on the healthy one: m = log p(sick) − log p(healthy); the bound is the base's m.
 
-    Nothing is pushed away, so that no third kind of answer is made likelier instead (docs/LOG.md).
-
-    Args:
-        rows: healthy answers.
-        bound: `[rows]`, nats per token: their log-probability under the base.
-        pad: id of the padding token.
-        scale: `[rows]`, what a fall is multiplied with. None: 1 everywhere.
-        others: as `Anchor`.
+    Rows are healthy and sick answers in turn (`likelihood.encode_pairs`).
     """
 
-    def __init__(
-        self,
-        rows: Sequence[Encoded],
-        bound: Tensor,
-        pad: int,
-        lambda_: float,
-        share: float,
-        reference: float = 0.0,
-        ascent: DualAscent | None = None,
-        scale: Tensor | None = None,
-    ) -> None:
-        if len(rows) != len(bound):
-            raise ValueError(f"{len(rows)} rows and {len(bound)} bounds do not go together")
-        super().__init__(len(rows), lambda_, share, reference, ascent)
-        self.rows, self.bound, self.pad = list(rows), bound, pad
-        self.scale = torch.ones(len(bound)) if scale is None else scale
+    per = 2
 
-    def costs(self, chosen: Sequence[int], model: nn.Module) -> Tensor:
-        mean = mean_logprobs([self.rows[i] for i in chosen], model, self.pad)
-        bound, scale = (one[list(chosen)].to(mean.device) for one in (self.bound, self.scale))
-        return torch.relu(scale * (bound - mean)).pow(2)
+    def value(self, logprobs: Tensor) -> Tensor:
+        return margins(logprobs)
+
+
+class HealthyAnchor(AnswerAnchor):
+    """Keeps the healthy answer as likely as it is to the base: m = −log p(healthy); the bound is the base's m.
+
+    Nothing is pushed away, so that no third kind of answer is made likelier instead (docs/LOG.md).
+    """
+
+    per = 1
+
+    def value(self, logprobs: Tensor) -> Tensor:
+        return -logprobs
 
 
 class LatentAnchor(Anchor):
