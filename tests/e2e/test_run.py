@@ -201,7 +201,9 @@ def test_anchors_a_monitor_a_following_lambda_and_two_rounds_in_one_run(tmp_path
         "anchor.max_new_tokens": 4,
         "block.monitor_every": 1,
         "block.ceiling": 0.01,
-        "discover.max_new_tokens": 4,
+        "discover.prescreen": 5,
+        "discover.pairs": 6,
+        "evaluate.answers": "false",
     }
     words = [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
     done = blockem("run", recipe, "--out", run, "--json", *words)
@@ -213,7 +215,7 @@ def test_anchors_a_monitor_a_following_lambda_and_two_rounds_in_one_run(tmp_path
         assert name in summary["models"] and (run / name / "adapter_model.safetensors").is_file()
         rows = summary["training"][name]
         assert all({"anchor", "anchor_lambda", "penalty", "lambda", "monitor_survives"} <= row.keys() for row in rows)
-        assert rows[0]["anchor"] == pytest.approx(0.0, abs=1e-6)
+        assert rows[0]["anchor"] == pytest.approx(0.0, abs=0.01)  # in bfloat16, in units of what plain would pay
         assert len({row["lambda"] for row in rows}) > 1  # it follows
     assert 'id="rounds"' in (run / "report.html").read_text(encoding="utf-8")
     again = blockem("run", recipe, "--out", run, *words)
