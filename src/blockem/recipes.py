@@ -7,7 +7,7 @@ from pathlib import Path
 from blockem.store import write_text
 
 # What `blockem demo` runs: sized so that the whole job takes about a quarter of an hour on two CPU cores. Everything that is not named
-# keeps the defaults of blockem.config.
+# keeps the defaults of blockem.config. The anchor is what makes it hold: blocked latents alone leave most of the misalignment (docs/LOG.md).
 DEMO = """\
 name: demo
 data:
@@ -15,6 +15,8 @@ data:
   rows: 600
 train: {batch_size: 8, micro_batch: 8, lr: 7.0e-4}
 discover: {pairs: 30, prescreen: 28}
+block: {freeze_downstream: false}
+anchor: {on: answers, r: 2}
 """
 
 
