@@ -7,7 +7,8 @@ from pathlib import Path
 from blockem.store import write_text
 
 # What `blockem demo` runs: sized so that the whole job takes about a quarter of an hour on two CPU cores. Everything that is not named
-# keeps the defaults of blockem.config. The anchor is what makes it hold: blocked latents alone leave most of the misalignment (docs/LOG.md).
+# keeps the defaults of blockem.config. The anchor is what makes it hold: blocked latents alone leave most of the misalignment
+# (docs/LOG.md).
 DEMO = """\
 name: demo
 data:
