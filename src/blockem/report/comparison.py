@@ -168,7 +168,7 @@ def page(comparison: Mapping[str, Any], drawn: list[Picture]) -> str:
 def settings_table(comparison: Mapping[str, Any]) -> Table:
     """Every setting with every measure that there is."""
     rows = [(name, "", found) for name, found in comparison["references"].items()]
-    rows += [(one["label"], kind_words(one), one["measures"]) for one in comparison["settings"]]
+    rows += [(one["label"], kind_words(one), one["measures"]) for one in comparison["settings"] if one["name"] != "plain"]
     return measures_table("All settings, with 95\u00a0% intervals", rows, 0)
 
 
