@@ -220,14 +220,14 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"on": "everything"}, "use one of"),
+        ({"watch": "everything"}, "use one of"),
         ({"share": 0.0}, "share of the rows"),
         ({"r": 0.0}, "must be positive"),
         ({"ceiling": -1.0}, "must be positive"),
         ({"keep": 1}, "goes with"),
         ({"lambda_": 0.0}, "must be positive"),
         ({"cost": "other"}, "use margin or healthy"),
-        ({"on": "pairs", "keep": 2, "cost": "healthy"}, "does not go with"),
+        ({"watch": "pairs", "keep": 2, "cost": "healthy"}, "does not go with"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(wrong: dict[str, Any], said: str) -> None:

@@ -189,3 +189,17 @@ def test_the_demo_recipe_is_written_once_and_then_belongs_to_the_user(tmp_path: 
     assert load_recipe(path).name == "demo"
     path.write_text("seed: 5\n", encoding="utf-8")
     assert load_recipe(demo_recipe(tmp_path)).seed == 5
+
+
+def test_every_field_name_is_the_same_word_in_yaml() -> None:
+    """YAML reads some words, such as on, as something else than text."""
+    import yaml
+
+    for path in field_paths():
+        for name in path.split("."):
+            assert yaml.safe_load(f"{name}: 1") == {name: 1}, path
+
+
+def test_the_demos_recipe_is_one(tmp_path: Path) -> None:
+    recipe = load_recipe(demo_recipe(tmp_path))
+    assert recipe.data.rows == 600 and recipe.anchor.watch == "answers"

@@ -429,7 +429,11 @@ def test_a_moving_lambda_an_anchor_and_a_monitor_are_drawn(tmp_path: Path) -> No
     assert not {"λ", "Anchor"} & {figure.title for figure in making.training_figures(summary, {})}
     for step, row in enumerate(summary["training"]["blocked"]):
         row |= {"lambda": 10.0 + step, "anchor_share": 0.1 / (step + 1), "monitor_survives": 0.5}
-    summary["blocking"] |= {"anchor": {"on": "answers", "n": 150}, "target": {"ceiling": 0.05}, "grown": [{"step": 5, "latents": [[3, 1]]}]}
+    summary["blocking"] |= {
+        "anchor": {"watch": "answers", "n": 150},
+        "target": {"ceiling": 0.05},
+        "grown": [{"step": 5, "latents": [[3, 1]]}],
+    }
     titles = {figure.title for figure in making.training_figures(summary, {})}
     assert {"λ", "Anchor", "Plain fine-tuning's shift that survives"} <= titles
     html = rendered(tmp_path, summary)

@@ -86,7 +86,7 @@ def test_it_ends_when_discovery_finds_nothing_new(session: Session, half_left: N
 
 
 def test_with_anchors_a_round_also_learns_from_what_the_last_model_says(session: Session, half_left: None) -> None:  # noqa: F811
-    with_anchors = going_round(session, 2, **{"anchor.on": "answers", "anchor.max_new_tokens": 4, "anchor.share": 1.0})
+    with_anchors = going_round(session, 2, **{"anchor.watch": "answers", "anchor.max_new_tokens": 4, "anchor.share": 1.0})
     found = rounds_step(with_anchors, Discovery(()))  # nothing new is discovered, yet there are new answers
     assert found["last"] == "round-2"
     first, second = ((session.run / f"{name}-contrasts.jsonl").read_text().splitlines() for name in ("blocked", "round-2"))

@@ -64,16 +64,16 @@ def anchor_key(session: Session, adapter: Path, name: str) -> str:
     from dataclasses import asdict
 
     config = session.recipe.anchor
-    if config.on == "none":
+    if config.watch == "none":
         return ""
     parts: list[Any] = [asdict(config), adapter_key(adapter)]
-    if config.on in ("answers", "both"):
+    if config.watch in ("answers", "both"):
         parts.append(file_key(contrasts_file(session, name)))
-    if config.on in ("pairs", "both"):
+    if config.watch in ("pairs", "both"):
         parts.append([[p.prompt, p.right, p.wrong] for p in session.selection_pairs()])
     if config.keep:
         parts.append([[p.prompt, p.right, p.wrong] for p in task_pairs(session)])
-    if config.on == "latents":
+    if config.watch == "latents":
         parts.append([row.messages for row in bundled.general_chat("train")])
     return content_key(*parts)
 
@@ -91,7 +91,7 @@ def make_anchor(session: Session, adapter: Path, name: str, delta_sft: float, bl
         adapter: the plain fine-tune, against which c and λ are measured.
         name: of the training, whose contrasts are read.
         delta_sft: nats per token that it gained on the training rows.
-        blocker: what is blocked, for `anchor.on: latents`.
+        blocker: what is blocked, for `anchor.watch: latents`.
 
     Raises:
         BlockemError: there is nothing to watch, or plain fine-tuning moves nothing there.
@@ -106,9 +106,9 @@ def make_anchor(session: Session, adapter: Path, name: str, delta_sft: float, bl
     rows: Sequence[Encoded]
     lm.drop_adapters()
     lm.add_adapter(adapter, "plain")
-    if config.on == "latents":
+    if config.watch == "latents":
         if blocker is None:
-            raise BlockemError("anchor.on=latents watches blocked latents, and none are blocked here; use anchor.on=answers")
+            raise BlockemError("anchor.watch=latents watches blocked latents, and none are blocked here; use anchor.watch=answers")
         rows, _ = encode_all(lm.tokenizer, bundled.general_chat("train"), session.recipe.data.max_tokens)
         reference = penalty_of(lm, "plain", blocker, rows)
         lm.drop_adapters()
@@ -117,8 +117,8 @@ def make_anchor(session: Session, adapter: Path, name: str, delta_sft: float, bl
         anchor: Anchor = LatentAnchor(rows, blocker, pad, lambda_, config.share, reference, ascent)
     else:
         anchor = _contrast_anchor(session, name, delta_sft)
-    facts = {"on": config.on, "n": anchor.n, "lambda": anchor.lambda_, "reference": anchor.reference, "share": config.share}
-    session.console.say(f"  anchor: λ = {anchor.lambda_:.4g} on {anchor.n} {'texts' if config.on == 'latents' else 'contrasts'}")
+    facts = {"watch": config.watch, "n": anchor.n, "lambda": anchor.lambda_, "reference": anchor.reference, "share": config.share}
+    session.console.say(f"  anchor: λ = {anchor.lambda_:.4g} on {anchor.n} {'texts' if config.watch == 'latents' else 'contrasts'}")
     return anchor, facts
 
 
@@ -134,9 +134,9 @@ def _contrast_anchor(session: Session, name: str, delta_sft: float) -> Anchor:
 
     lm, config = session.lm, session.recipe.anchor
     kinds: list[list[Pair]] = []
-    if config.on in ("answers", "both"):
+    if config.watch in ("answers", "both"):
         kinds.append(contrasts.load(contrasts_file(session, name)))
-    if config.on in ("pairs", "both"):
+    if config.watch in ("pairs", "both"):
         kinds.append(session.selection_pairs())
     task = task_pairs(session)
     if config.keep and not task:
@@ -160,7 +160,7 @@ def _contrast_anchor(session: Session, name: str, delta_sft: float) -> Anchor:
         paid = float(torch.relu(rise).pow(2).mean())
         if not paid > 0:
             raise BlockemError(
-                "plain fine-tuning moves none of these answers the wrong way, so there is nothing to anchor; leave anchor.on out"
+                "plain fine-tuning moves none of these answers the wrong way, so there is nothing to anchor; leave anchor.watch out"
             )
         times = config.keep if held else 1
         rows += encoded * times

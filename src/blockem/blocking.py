@@ -54,7 +54,7 @@ def block_step(
         raise BlockemError(
             f"{deltas_file}: no such file; the matched control needs the activation frequencies that `blockem discover` writes"
         )
-    if recipe.anchor.on in ("answers", "both"):
+    if recipe.anchor.watch in ("answers", "both"):
         contrast_step(session, [adapter, *sick], name)
     extra = content_key(
         "" if latents is None else file_key(path),
@@ -110,7 +110,7 @@ def block_step(
         if config.monitor_every:
             facts["grown"] = []
             parts.append(_watchdog(session, name, blocker, adapter, facts["grown"]))
-        if recipe.anchor.on != "none":
+        if recipe.anchor.watch != "none":
             anchor, facts["anchor"] = make_anchor(session, adapter, name, facts["delta_sft"] or 0.0, blocker)
             parts.append(anchor)
         return Together(parts) if len(parts) > 1 else parts[0], facts

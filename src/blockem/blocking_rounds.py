@@ -48,7 +48,7 @@ def rounds_step(session: Session, discover: Callable[[Session, Path | None], dic
         else:
             number = len(done) + 1
             union, seconds = _union(session, discover, latents, run / done[-1]["name"], number)
-            if len(union.latents) == len(latents.latents) and session.recipe.anchor.on not in ("answers", "both"):
+            if len(union.latents) == len(latents.latents) and session.recipe.anchor.watch not in ("answers", "both"):
                 why = "discovery on the blocked model finds nothing that is not blocked already"
                 break
             latents, name = union, round_name(number)

@@ -164,7 +164,7 @@ STRENGTHS = {
 class AnchorConfig:
     """The same one-sided block on general prompts, beside the training rows."""
 
-    on: str = "none"
+    watch: str = "none"
     """`none`; `answers`: what base and plain fine-tune themselves say to the selection prompts; `pairs`: the selection pairs; `both`; or
     `latents`: the blocked latents on benign chat."""
     cost: str = "margin"
@@ -185,7 +185,7 @@ class AnchorConfig:
 
     def __post_init__(self) -> None:
         kinds = ("none", "answers", "pairs", "both", "latents")
-        need(self.on in kinds, f"anchor.on is {self.on!r}; use one of {', '.join(kinds)}")
+        need(self.watch in kinds, f"anchor.watch is {self.watch!r}; use one of {', '.join(kinds)}")
         need(self.cost in ("margin", "healthy"), f"anchor.cost is {self.cost!r}; use margin or healthy")
         need(self.cost == "margin" or not self.keep, "anchor.keep holds margins; it does not go with anchor.cost=healthy")
         need(0 < self.share <= 1, f"anchor.share is {self.share}; it is a share of the rows, above 0 and up to 1")
@@ -194,7 +194,8 @@ class AnchorConfig:
         need(self.ceiling is None or self.ceiling > 0, f"anchor.ceiling is {self.ceiling}; it must be positive")
         need(self.keep >= 0, f"anchor.keep is {self.keep}; it must not be negative")
         need(
-            not self.keep or self.on not in ("none", "latents"), "anchor.keep holds pairs, so it goes with anchor.on=answers, pairs or both"
+            not self.keep or self.watch not in ("none", "latents"),
+            "anchor.keep holds pairs, so it goes with anchor.watch=answers, pairs or both",
         )
         need(self.max_new_tokens > 0, "anchor.max_new_tokens must be positive")
 

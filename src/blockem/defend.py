@@ -106,9 +106,9 @@ def _train(session: Session, make: Callable[[Session, Sequence[Any]], Defence], 
 def _anchored(session: Session) -> dict[str, Any]:
     """The anchor without any latents; λ by its own rule against the plain fine-tune."""
     config, plain = session.recipe.anchor, session.run / "plain"
-    if config.on in ("none", "latents"):
-        raise BlockemError(f"anchor.on is {config.on}; the defence anchor needs contrasts: set anchor.on=answers, pairs or both")
-    if config.on in ("answers", "both"):
+    if config.watch in ("none", "latents"):
+        raise BlockemError(f"anchor.watch is {config.watch}; the defence anchor needs contrasts: set anchor.watch=answers, pairs or both")
+    if config.watch in ("answers", "both"):
         contrast_step(session, [plain], "anchor")
 
     def made(session: Session, rows: Sequence[Any]) -> Made:

@@ -17,7 +17,7 @@ data:
 train: {batch_size: 8, micro_batch: 8, lr: 7.0e-4}
 discover: {pairs: 30, prescreen: 28}
 block: {freeze_downstream: false}
-anchor: {on: answers, r: 2}
+anchor: {watch: answers, r: 2}
 """
 
 

@@ -195,7 +195,7 @@ def test_anchors_a_monitor_a_following_lambda_and_two_rounds_in_one_run(tmp_path
         "data.rows": 32,
         "rounds.budget": 2,
         "rounds.target": 0,
-        "anchor.on": "answers",
+        "anchor.watch": "answers",
         "anchor.cost": "healthy",
         "anchor.share": 1,
         "anchor.max_new_tokens": 4,

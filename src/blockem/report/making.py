@@ -195,7 +195,7 @@ def blocking_facts(summary: Mapping[str, Any]) -> tuple[Markup, Facts]:
     by_rule = r is not None and delta is not None
     target = dig(raw, "target")
     follows = [f"a {kind} of {share(value)}" for kind in ("ceiling", "floor") if (value := finite(dig(target, kind))) is not None]
-    on, texts = dig(raw, "anchor", "on"), finite(dig(raw, "anchor", "n"))
+    on, texts = dig(raw, "anchor", "watch"), finite(dig(raw, "anchor", "n"))
     grown = sum(len(rows_of_pairs) for row in rows_of(dig(raw, "grown")) if isinstance(rows_of_pairs := row.get("latents"), list))
     facts = [
         ("Rule for λ", None if by_rule else dig(raw, "rule")),
