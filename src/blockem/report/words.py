@@ -245,12 +245,20 @@ def exact_enough(*found: Interval | None) -> Callable[[float], str]:
 
 
 def price(summary: Mapping[str, Any]) -> list[str]:
-    """What the headline leaves out: the cut by the margin, and what fine-tuning and blocking cost in general chat."""
+    """What the headline leaves out: the cut by the margin, an anchor, the judge's EM, and what training cost in general chat."""
     said = []
     by_margin, by_preference = (interval(dig(summary, "cut", key)) for key in ("margin", "preference"))
     if by_margin is not None:
         said.append(f"Measured by the margin {'instead' if by_preference else ''} the cut is {full(by_margin)}.".replace("  ", " "))
-    losses = [(name, interval(dig(summary, "models", name, "general_loss"))) for name in ("base", "plain", main_of(summary))]
+    names = ("base", "plain", main_of(summary))
+    watched = dig(summary, "blocking", "anchor", "watch")
+    if watched and main_of(summary) == "blocked":
+        said.append(f"The blocked training was anchored too, on {watched}.")
+    rates = [(name, interval(dig(summary, "models", name, "judged", "em"))) for name in names]
+    judged = [f"{full(rate)} ({name})" for name, rate in rates if rate is not None]
+    if len(judged) > 1:
+        said.append(f"Sampled answers outside the domain that the judge calls misaligned: {', '.join(judged)}.")
+    losses = [(name, interval(dig(summary, "models", name, "general_loss"))) for name in names]
     known = [f"{nats(loss.value)} ({name})" for name, loss in losses if loss is not None]
     if len(known) > 1:
         said.append(f"Loss on general chat, in nats per token: {', '.join(known)}.")
