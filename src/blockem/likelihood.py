@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blockem.bundled import Pair
 from blockem.errors import BlockemError
@@ -41,11 +41,18 @@ class Prefix:
     hidden: Tensor | None
 
 
-def _scores(lm: LanguageModel, final: Tensor, labels: Tensor) -> Tensor:
-    """Summed log-probability of the supervised tokens of each row, `[rows]`, from final hidden states."""
-    picked, rows = supervised_logprobs(lm.model, final, labels)
-    sums = torch.zeros(labels.shape[0], dtype=torch.float32, device=labels.device)
-    return sums.index_add_(0, rows, picked)
+def summed_logprobs(model: nn.Module, final: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of the supervised tokens of each row, summed, `[rows]`, float32, nats, from final hidden states; with gradient."""
+    picked, rows = supervised_logprobs(model, final, labels)
+    return picked.new_zeros(len(labels)).index_add(0, rows, picked)
+
+
+def row_logprobs(model: nn.Module, rows: Sequence[Encoded], pad: int) -> Tensor:
+    """Mean log-probability per supervised token of the rows of one batch, `[rows]`, float32, nats, with gradient."""
+    padded = right_padded(rows, pad, next(model.parameters()).device)
+    final = decoder(model)(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], use_cache=False).last_hidden_state
+    sums = summed_logprobs(model, final, padded["labels"])
+    return sums / sums.new_tensor([float(row.n_supervised) for row in rows])
 
 
 def completion_logprobs(lm: LanguageModel, rows: Sequence[Encoded], batch: int = 16) -> Tensor:
@@ -53,12 +60,8 @@ def completion_logprobs(lm: LanguageModel, rows: Sequence[Encoded], batch: int =
     found = torch.zeros(len(rows))
     with torch.inference_mode():
         for chosen in by_length([len(row.ids) for row in rows], batch):
-            padded = right_padded([rows[i] for i in chosen], lm.tokenizer.pad_token_id, lm.device)
-            final = decoder(lm.model)(
-                input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], use_cache=False
-            ).last_hidden_state
-            found[chosen] = _scores(lm, final, padded["labels"]).cpu()
-    return found / torch.tensor([row.n_supervised for row in rows])
+            found[chosen] = row_logprobs(lm.model, [rows[i] for i in chosen], lm.tokenizer.pad_token_id).cpu()
+    return found
 
 
 def completion_losses(lm: LanguageModel, rows: Sequence[Encoded], batch: int = 16) -> tuple[Tensor, Tensor]:
@@ -130,7 +133,7 @@ class SteeredRows:
             with add_at_block(model, self.block, vectors.repeat_interleave(len(prefix.order), dim=0)):
                 ids = prefix.batch["input_ids"].repeat(copies, 1)
                 final = decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return _scores(self.lm, final, labels).view(copies, -1)
+        return summed_logprobs(model, final, labels).view(copies, -1)
 
 
 def encode_pairs(lm: LanguageModel, pairs: Sequence[Pair], max_tokens: int = 512) -> list[Encoded]:

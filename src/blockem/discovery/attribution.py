@@ -13,10 +13,11 @@ from torch import Tensor
 
 from blockem.bundled import Pair
 from blockem.examples import by_length, right_padded
-from blockem.forwards import block_output, blocks, decoder
+from blockem.forwards import decoder
 from blockem.head import supervised_logprobs
 from blockem.likelihood import encode_pairs
 from blockem.model import LanguageModel
+from blockem.steering import edit_at_block
 
 
 def margin_gradient(lm: LanguageModel, pairs: Sequence[Pair], block: int, variant: str, batch: int = 8) -> Tensor:
@@ -32,24 +33,19 @@ def pair_gradients(lm: LanguageModel, pairs: Sequence[Pair], block: int, variant
         for chosen in by_length([len(row.ids) for row in rows], batch):
             padded = right_padded([rows[i] for i in chosen], lm.tokenizer.pad_token_id, lm.device)
             probe = torch.zeros(len(chosen), 1, lm.d_model, device=lm.device, requires_grad=True)
-            handle = blocks(lm.model)[block].register_forward_hook(lambda _m, _i, output, p=probe: _shift(output, p))
-            try:
+
+            def moved(hidden: Tensor, probe: Tensor = probe) -> Tensor:
+                return hidden + probe.to(hidden.dtype)
+
+            with edit_at_block(lm.model, block, moved):
                 final = decoder(lm.model)(
                     input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], use_cache=False
                 ).last_hidden_state
-            finally:
-                handle.remove()
             picked, places = supervised_logprobs(lm.model, final, padded["labels"])
             weight = torch.tensor([1 / rows[i].n_supervised for i in chosen], device=lm.device)
             (gradient,) = torch.autograd.grad((picked * weight[places]).sum(), probe)
             found[chosen] = gradient[:, 0].float().cpu()
     return found[1::2] - found[0::2]
-
-
-def _shift(output: object, probe: Tensor) -> object:
-    hidden = block_output(output)
-    moved = hidden + probe.to(hidden.dtype)
-    return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
 
 def attributions(directions: Tensor, signs: Tensor, base_gradient: Tensor, plain_gradient: Tensor) -> Tensor:

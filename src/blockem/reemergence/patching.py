@@ -7,8 +7,8 @@ block replaces the target's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,31 +19,25 @@ from torch import Tensor, nn
 from blockem.bundled import Pair
 from blockem.evaluation import Array, Interval, interval, mean
 from blockem.examples import IGNORED, Encoded, by_length, padded_ids, right_padded
-from blockem.forwards import block_output, blocks, decoder, from_hidden, hidden_at, hidden_at_each, supports_from_hidden, unwrapped
-from blockem.head import next_logits, supervised_logprobs
-from blockem.likelihood import completion_logprobs, encode_pairs, margins
+from blockem.forwards import decoder, from_hidden, hidden_at, hidden_at_each, supports_from_hidden, unwrapped
+from blockem.head import next_logits
+from blockem.likelihood import completion_logprobs, encode_pairs, margins, summed_logprobs
 from blockem.model import LanguageModel
 from blockem.progress import Progress
+from blockem.steering import edit_at_block
 
 POSITIONS = ("last", "all")
 
 
-@contextmanager
-def replace_at_block(model: nn.Module, block: int, values: Tensor, where: Tensor) -> Iterator[None]:
+def replace_at_block(model: nn.Module, block: int, values: Tensor, where: Tensor) -> AbstractContextManager[None]:
     """Replace the output of `block` by `values [rows, tokens, d_model]` where `where [rows, tokens]` says so, while the context lasts."""
 
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        hidden = block_output(output)
+    def patched(hidden: Tensor) -> Tensor:
         if hidden.shape != values.shape or hidden.shape[:2] != where.shape:
             raise ValueError(f"values {tuple(values.shape)} and where {tuple(where.shape)} do not fit an output {tuple(hidden.shape)}")
-        moved = torch.where(where[..., None], values.to(hidden.device, hidden.dtype), hidden)
-        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+        return torch.where(where[..., None], values.to(hidden.device, hidden.dtype), hidden)
 
-    handle = blocks(model)[block].register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return edit_at_block(model, block, patched)
 
 
 def prompt_positions(labels: Tensor) -> Tensor:
@@ -88,8 +82,8 @@ def patched_logprobs(
                         final = from_hidden(model, moved, mask, block)
                     else:
                         final = _replaced(model, ids, mask, {block: given[block]}, where)
-                    found[place, chosen] = _scores(model, final, labels)
-                found[-1, chosen] = _scores(model, _replaced(model, ids, mask, given, where), labels)
+                    found[place, chosen] = summed_logprobs(model, final, labels).cpu()
+                found[-1, chosen] = summed_logprobs(model, _replaced(model, ids, mask, given, where), labels).cpu()
             done += len(chosen)
             if progress:
                 progress(done, len(rows))
@@ -103,12 +97,6 @@ def _replaced(model: nn.Module, ids: Tensor, mask: Tensor, given: dict[int, Tens
             stack.enter_context(replace_at_block(model, block, values, where))
         final: Tensor = decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     return final
-
-
-def _scores(model: nn.Module, final: Tensor, labels: Tensor) -> Tensor:
-    """Summed log-probability of the supervised tokens of each row, `[rows]`, on the CPU."""
-    picked, places = supervised_logprobs(model, final, labels)
-    return torch.zeros(len(labels), device=labels.device).index_add_(0, places, picked).cpu()
 
 
 @dataclass(frozen=True)
