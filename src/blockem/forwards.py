@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -104,24 +105,49 @@ def capture(module: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-@contextmanager
-def watch_training(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """The outputs `[rows, tokens, d_model]` of modules in the latest forward *with gradient*, by their keys; take them with `pop`."""
-    seen: dict[int, Tensor] = {}
+@dataclass
+class Seen:
+    """What watched modules put out in the latest forward *with gradient*, for a penalty that is computed after it.
 
-    def watcher(key: int) -> Callable[[nn.Module, Any, Any], None]:
-        def watch(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if torch.is_grad_enabled():
-                seen[key] = output if isinstance(output, Tensor) else output[0]
+    Attributes:
+        how: what to call to watch, for the message to who did not.
+        model: the watched model while one is watched.
+    """
 
-        return watch
+    how: str
+    model: nn.Module | None = None
+    _outputs: dict[int, Tensor] = field(default_factory=dict)
 
-    handles = [module.register_forward_hook(watcher(key)) for key, module in modules.items()]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+    @contextmanager
+    def watching(self, model: nn.Module, modules: Mapping[int, nn.Module]) -> Iterator[None]:
+        """Watch modules of `model`, by keys of the caller's, while the context lasts."""
+
+        def watcher(key: int) -> Callable[[nn.Module, Any, Any], None]:
+            def watch(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                if torch.is_grad_enabled():
+                    self._outputs[key] = output if isinstance(output, Tensor) else output[0]
+
+            return watch
+
+        handles = [module.register_forward_hook(watcher(key)) for key, module in modules.items()]
+        self.model = model
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.model, self._outputs = None, {}
+
+    def take(self) -> tuple[nn.Module, dict[int, Tensor]]:
+        """The watched model and its modules' outputs `[rows, tokens, d_model]` by key, once for each forward.
+
+        Raises:
+            RuntimeError: there was no forward since.
+        """
+        if self.model is None or not self._outputs:
+            raise RuntimeError(f"no forward was watched: call model(**batch) with gradients inside {self.how} first")
+        found, self._outputs = self._outputs, {}
+        return self.model, found
 
 
 def hidden_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, block: int) -> Tensor:

@@ -57,7 +57,8 @@ class DefenceTrainer(SafeTrainer):
         self._step: dict[str, float] = {}  # since the last optimiser step
         self._counted_steps = 0
         self._probed = -1
-        self.add_callback(_Adapt(self))
+        if defence.adapts:
+            self.add_callback(_Adapt(self))
 
     def compute_loss(
         self,
@@ -129,8 +130,6 @@ class DefenceTrainer(SafeTrainer):
             logs["loss"] = logs["sft_loss"] + (weighted or 0.0)  # the Trainer's own forgets the steps before a resume
             numbers = self.defence.logs()
             logs.update(numbers)
-            if weighted is not None and "penalty" not in logs and "anchor" not in logs:  # a defence that measures nothing else
-                logs["penalty"] = weighted / (numbers.get("lambda") or 1.0)
             for name, whole in (("penalty", "p_mis"), ("anchor", "anchor_reference")):
                 if name in logs and numbers.get(whole):
                     logs[f"{name}_share"] = logs[name] / numbers[whole]

@@ -14,19 +14,18 @@ in the misaligned direction.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from blockem.base_values import row_digest
-from blockem.defences.defence import Defence
+from blockem.defences.defence import Penalised
 from blockem.dual import DualAscent
 from blockem.examples import IGNORED, Encoded, right_padded
-from blockem.forwards import base_weights, decoder, hidden_at_each
-from blockem.head import supervised_logprobs
-from blockem.likelihood import margins
+from blockem.forwards import base_weights, hidden_at_each
+from blockem.likelihood import margins, row_logprobs
 
 if TYPE_CHECKING:
     from blockem.defences.block_em import Blocker
@@ -52,8 +51,8 @@ def drawn(batch: dict[str, Tensor], n: int, share: float) -> tuple[list[int], Te
     return chosen, torch.tensor(weights, device=batch["labels"].device)
 
 
-class Anchor(Defence):
-    """What both kinds share: rows drawn beside each batch, λ fixed or by dual ascent.
+class Anchor(Penalised):
+    """What all kinds share: rows drawn beside each batch, λ fixed or by dual ascent.
 
     Args:
         n: how many anchors there are.
@@ -64,12 +63,13 @@ class Anchor(Defence):
     """
 
     name = "anchor"
+    quantity = "anchor"
 
     def __init__(self, n: int, lambda_: float, share: float, reference: float = 0.0, ascent: DualAscent | None = None) -> None:
         if n < 1 or not 0 < share <= 1:
             raise ValueError(f"{n} anchors at a share of {share}: at least one is needed, at a share above 0 and up to 1")
-        self.n, self.lambda_, self.share, self.reference, self.ascent = n, lambda_, share, reference, ascent
-        self._measured: dict[str, Tensor] = {}
+        super().__init__(lambda_, ascent)
+        self.n, self.share, self.reference = n, share, reference
 
     def costs(self, chosen: Sequence[int], model: nn.Module) -> Tensor:
         """c of each chosen anchor, `[chosen]`, float32, with gradient."""
@@ -78,14 +78,7 @@ class Anchor(Defence):
     def penalty(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor | None:
         chosen, weights = drawn(batch, self.n, self.share)
         self._measured = {}
-        if not chosen:
-            return None
-        found = (self.costs(chosen, model) * weights).sum()
-        self._measured = {"anchor": found.detach()}
-        return self.lambda_ * found
-
-    def measured(self) -> dict[str, Tensor]:
-        return self._measured
+        return self.weighed((self.costs(chosen, model) * weights).sum()) if chosen else None
 
     def adapt(self, step: dict[str, float]) -> None:
         if self.ascent is not None and self.reference > 0 and "anchor" in step:
@@ -94,23 +87,6 @@ class Anchor(Defence):
     def logs(self) -> dict[str, float]:
         known = {"anchor_reference": self.reference} if self.reference > 0 else {}
         return {"anchor_lambda": self.lambda_, **known}
-
-    def state(self) -> dict[str, Any]:
-        return {} if self.ascent is None else self.ascent.state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        if self.ascent is not None:
-            self.ascent.set_state(state)
-            self.lambda_ = self.ascent.value
-
-
-def mean_logprobs(rows: Sequence[Encoded], model: nn.Module, pad: int) -> Tensor:
-    """Mean log-probability per supervised token of each row, `[rows]`, float32, nats, with gradient."""
-    padded = right_padded(rows, pad, next(model.parameters()).device)
-    final = decoder(model)(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], use_cache=False).last_hidden_state
-    picked, where = supervised_logprobs(model, final, padded["labels"])
-    sums = picked.new_zeros(len(rows)).index_add(0, where, picked)
-    return sums / sums.new_tensor([float(row.n_supervised) for row in rows])
 
 
 class AnswerAnchor(Anchor):
@@ -150,11 +126,7 @@ class AnswerAnchor(Anchor):
 
     def costs(self, chosen: Sequence[int], model: nn.Module) -> Tensor:
         rows = [self.rows[self.per * i + part] for i in chosen for part in range(self.per)]
-        padded = right_padded(rows, self.pad, next(model.parameters()).device)
-        final = decoder(model)(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], use_cache=False).last_hidden_state
-        picked, where = supervised_logprobs(model, final, padded["labels"])
-        sums = picked.new_zeros(len(rows)).index_add(0, where, picked)
-        found = self.value(sums / sums.new_tensor([float(row.n_supervised) for row in rows]))
+        found = self.value(row_logprobs(model, rows, self.pad))
         bound, sides = (one[list(chosen)].to(found.device) for one in (self.bound, self.sides))
         return torch.relu(sides * (found - bound)).pow(2)
 
@@ -210,10 +182,9 @@ class LatentAnchor(Anchor):
         padded = right_padded([self.rows[i] for i in chosen], self.pad, next(model.parameters()).device)
         where = padded["labels"] != IGNORED
         ids, mask, blocks = padded["input_ids"], padded["attention_mask"], self.blocker.blocks
-        with self.blocker.looking_away():
-            with torch.no_grad(), base_weights(model):
-                still = self.blocker.read({b: h[where] for b, h in hidden_at_each(model, ids, mask, blocks).items()})
-            moved = self.blocker.read({b: h[where] for b, h in hidden_at_each(model, ids, mask, blocks).items()})
+        with torch.no_grad(), base_weights(model):
+            still = self.blocker.read({b: h[where] for b, h in hidden_at_each(model, ids, mask, blocks).items()})
+        moved = self.blocker.read({b: h[where] for b, h in hidden_at_each(model, ids, mask, blocks).items()})
         found = self.blocker.loss(moved, still)
         rows = where.nonzero()[:, 0]
         sums = found.new_zeros(len(chosen)).index_add(0, rows, found)

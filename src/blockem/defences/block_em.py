@@ -9,7 +9,7 @@ z is the SAE's encoder at the output of one block; z^base comes from the same in
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from blockem.base_values import BaseValues
-from blockem.defences.defence import Defence
+from blockem.defences.defence import Penalised
 from blockem.dictionary import Dictionary, EncoderRows
 from blockem.directions import DirectionSet
 from blockem.dual import DualAscent, PlainCurve
 from blockem.errors import BlockemError
 from blockem.examples import IGNORED, Encoded
-from blockem.forwards import base_weights, block_output, blocks, hidden_at_each
+from blockem.forwards import Seen, base_weights, blocks, hidden_at_each
 from blockem.latents import LatentSet
 from blockem.model import LanguageModel
 from blockem.states import supervised_states
@@ -110,9 +110,7 @@ class Blocker:
         self.two_sided, self.tokens = two_sided, tokens
         self.watches = [Watch(rows, tuple(signs), block)]
         self.measure, self.base, self.values = measure, base, values
-        self.model: nn.Module | None = None
-        self._hidden: dict[int, Tensor] = {}
-        self._watching = True
+        self._seen = Seen("blocker.attached(model)")
 
     @classmethod
     def over(cls, watches: Sequence[Watch], measure: str = "latent", base: nn.Module | None = None) -> Blocker:
@@ -168,28 +166,20 @@ class Blocker:
         """Move the encoder rows."""
         self.watches = [replace(watch, rows=watch.rows.to(device)) for watch in self.watches]
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The model that is attached, if one is."""
+        return self._seen.model
+
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[Blocker]:
         """Watch the blocks of `model` while the context lasts."""
         if self.base is None and self.values is None and not hasattr(model, "disable_adapter"):
             raise BlockemError("a model without adapters has no base to compare with: give Blocker(base=a frozen copy), or train with PEFT")
         self.to(next(model.parameters()).device)
-        self.model = model
-
-        def watcher(block: int) -> Callable[[nn.Module, Any, Any], None]:
-            def watch(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                if self._watching and torch.is_grad_enabled():
-                    self._hidden[block] = block_output(output)
-
-            return watch
-
-        handles = [blocks(model)[block].register_forward_hook(watcher(block)) for block in self.blocks]
-        try:
+        listed = blocks(model)
+        with self._seen.watching(model, {block: listed[block] for block in self.blocks}):
             yield self
-        finally:
-            for handle in handles:
-                handle.remove()
-            self.model, self._hidden = None, {}
 
     def read(self, hidden: dict[int, Tensor]) -> Tensor:
         """z of every watched latent, `[..., latents]`, float32, from the outputs `[..., d_model]` of the watched blocks."""
@@ -209,15 +199,6 @@ class Blocker:
             return batch
         return {**batch, "labels": torch.where(batch["attention_mask"].bool(), batch["input_ids"], IGNORED)}
 
-    @contextmanager
-    def looking_away(self) -> Iterator[None]:
-        """Forwards inside are not watched."""
-        before, self._watching = self._watching, False
-        try:
-            yield
-        finally:
-            self._watching = before
-
     def base_values(self, batch: dict[str, Tensor]) -> Tensor:
         """z^base at the watched positions (the supervised ones, as published), `[watched, latents]`, float32."""
         if self.model is None:
@@ -226,7 +207,7 @@ class Blocker:
         if self.values is not None:
             return self.values.of(batch)
         where = batch["labels"] != IGNORED
-        with self.looking_away(), torch.no_grad():
+        with torch.no_grad():
             if self.base is not None:
                 hidden = hidden_at_each(self.base, batch["input_ids"], batch["attention_mask"], self.blocks)
             else:
@@ -236,9 +217,7 @@ class Blocker:
 
     def penalty(self, batch: dict[str, Tensor]) -> Tensor:
         """The penalty of the last forward, summed over its watched tokens; call it after `model(**batch)` on the same batch."""
-        if not self._hidden:
-            raise RuntimeError("no forward was watched: call model(**batch) with gradients inside blocker.attached(model) first")
-        hidden, self._hidden = self._hidden, {}
+        _, hidden = self._seen.take()
         where = self._watched(batch)["labels"] != IGNORED
         shape = next(iter(hidden.values())).shape[:2]
         if shape != where.shape:
@@ -251,7 +230,7 @@ class Blocker:
         return self.penalty(batch) / (batch["labels"] != IGNORED).sum().clamp_min(1)
 
 
-class BlockEM(Defence):
+class BlockEM(Penalised):
     """BLOCK-EM as a defence for our trainer.
 
     Args:
@@ -274,9 +253,8 @@ class BlockEM(Defence):
         ascent: DualAscent | None = None,
         curve: PlainCurve | None = None,
     ) -> None:
-        self.blocker, self.lambda_, self.freeze_downstream, self.p_mis = blocker, lambda_, freeze_downstream, p_mis
-        self.ascent, self.curve = ascent, curve
-        self._measured: dict[str, Tensor] = {}
+        super().__init__(lambda_, ascent)
+        self.blocker, self.freeze_downstream, self.p_mis, self.curve = blocker, freeze_downstream, p_mis, curve
 
     def trained_blocks(self, n_blocks: int) -> range:
         return range(self.blocker.blocks[-1] + 1) if self.freeze_downstream else range(n_blocks)
@@ -285,12 +263,7 @@ class BlockEM(Defence):
         return self.blocker.attached(model)
 
     def penalty(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
-        found = self.blocker.penalty(batch)
-        self._measured = {"penalty": found.detach()}
-        return self.lambda_ * found
-
-    def measured(self) -> dict[str, Tensor]:
-        return self._measured
+        return self.weighed(self.blocker.penalty(batch))
 
     def adapt(self, step: dict[str, float]) -> None:
         if self.ascent is None:
@@ -301,15 +274,7 @@ class BlockEM(Defence):
             self.lambda_ = self.ascent.update(step["penalty"] / self.p_mis)
 
     def logs(self) -> dict[str, float]:
-        return {"lambda": self.lambda_, **({"p_mis": self.p_mis} if self.p_mis else {})}
-
-    def state(self) -> dict[str, Any]:
-        return {} if self.ascent is None else self.ascent.state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        if self.ascent is not None:
-            self.ascent.set_state(state)
-            self.lambda_ = self.ascent.value
+        return {**super().logs(), **({"p_mis": self.p_mis} if self.p_mis else {})}
 
 
 def penalty_of(lm: LanguageModel, variant: str, blocker: Blocker, rows: Sequence[Encoded], batch: int = 16) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from blockem.dual import DualAscent
 from blockem.examples import Example
 
 
@@ -43,6 +44,11 @@ class Defence:
         """What the last `penalty` saw, unweighted and *summed* over the batch's supervised tokens like it; logged a token, by name."""
         return {}
 
+    @property
+    def adapts(self) -> bool:
+        """Whether `adapt` does anything: only then is a step's loss gathered from all processes."""
+        return False
+
     def adapt(self, step: dict[str, float]) -> None:
         """After each optimiser step: its loss (`sft_loss`) and what was `measured`, a token, over all processes; λ may follow them."""
 
@@ -63,3 +69,41 @@ class Defence:
     def inference_hooks(self, model: nn.Module) -> AbstractContextManager[Any]:
         """A context around generation."""
         return nullcontext()
+
+
+class Penalised(Defence):
+    """A defence that adds λ times a penalty to the loss; λ is fixed, or moved by dual ascent in `adapt`.
+
+    Attributes:
+        quantity: what the log calls the penalty.
+        lambda_: λ; with `ascent`, the one of the next step.
+    """
+
+    quantity = "penalty"
+
+    def __init__(self, lambda_: float, ascent: DualAscent | None = None) -> None:
+        self.lambda_, self.ascent = lambda_, ascent
+        self._measured: dict[str, Tensor] = {}
+
+    @property
+    def adapts(self) -> bool:
+        return self.ascent is not None
+
+    def weighed(self, found: Tensor) -> Tensor:
+        """λ times the penalty of this batch, which is kept as measured."""
+        self._measured = {self.quantity: found.detach()}
+        return self.lambda_ * found
+
+    def measured(self) -> dict[str, Tensor]:
+        return self._measured
+
+    def logs(self) -> dict[str, float]:
+        return {"lambda": self.lambda_}
+
+    def state(self) -> dict[str, Any]:
+        return {} if self.ascent is None else self.ascent.state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if self.ascent is not None:
+            self.ascent.set_state(state)
+            self.lambda_ = self.ascent.value

@@ -7,16 +7,15 @@ over the whole vocabulary, on the training batch itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blockem.defences.defence import Defence
+from blockem.defences.defence import Penalised
 from blockem.examples import IGNORED
-from blockem.forwards import base_weights, decoder, watch_training
+from blockem.forwards import Seen, base_weights, decoder
 from blockem.head import CHUNK, next_logits
 
 
@@ -59,7 +58,7 @@ def divergence(model: nn.Module, hidden: Tensor, base: Tensor) -> Tensor:
     return found
 
 
-class KL(Defence):
+class KL(Penalised):
     """KL as a defence.
 
     Args:
@@ -69,27 +68,15 @@ class KL(Defence):
     name = "kl"
 
     def __init__(self, lambda_: float) -> None:
-        self.lambda_ = lambda_
-        self.model: nn.Module | None = None
-        self._seen: dict[int, Tensor] = {}
+        super().__init__(lambda_)
+        self.seen = Seen("training_hooks(model)")
 
-    @contextmanager
-    def training_hooks(self, model: nn.Module) -> Iterator[None]:
-        with watch_training({0: decoder(model)}) as self._seen:
-            self.model = model
-            try:
-                yield
-            finally:
-                self.model = None
+    def training_hooks(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return self.seen.watching(model, {0: decoder(model)})
 
     def penalty(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
-        if self.model is None or not self._seen:
-            raise RuntimeError("no forward was watched: call model(**batch) with gradients inside training_hooks(model) first")
+        model, seen = self.seen.take()
         where = batch["labels"][:, 1:] != IGNORED
-        final = self._seen.pop(0)[:, :-1][where]
-        with torch.no_grad(), base_weights(self.model):
-            whole = decoder(self.model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        return self.lambda_ * divergence(self.model, final, whole.last_hidden_state[:, :-1][where])
-
-    def logs(self) -> dict[str, float]:
-        return {"lambda": self.lambda_}
+        with torch.no_grad(), base_weights(model):
+            whole = decoder(model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        return self.weighed(divergence(model, seen[0][:, :-1][where], whole.last_hidden_state[:, :-1][where]))

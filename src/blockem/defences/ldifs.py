@@ -7,15 +7,15 @@ The square is summed over the stream's width, not divided by it: λ therefore be
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blockem.defences.defence import Defence
+from blockem.defences.defence import Penalised
 from blockem.examples import IGNORED
-from blockem.forwards import base_weights, blocks, hidden_at_each, watch_training
+from blockem.forwards import Seen, base_weights, blocks, hidden_at_each
 
 EVERY = 5
 
@@ -31,7 +31,7 @@ def distance(hidden: dict[int, Tensor], base: dict[int, Tensor]) -> Tensor:
     return torch.stack(gaps).mean()
 
 
-class LDIFS(Defence):
+class LDIFS(Penalised):
     """LDIFS as a defence.
 
     Args:
@@ -41,28 +41,16 @@ class LDIFS(Defence):
     name = "ldifs"
 
     def __init__(self, lambda_: float) -> None:
-        self.lambda_ = lambda_
-        self.model: nn.Module | None = None
-        self._seen: dict[int, Tensor] = {}
+        super().__init__(lambda_)
+        self.seen = Seen("training_hooks(model)")
 
-    @contextmanager
-    def training_hooks(self, model: nn.Module) -> Iterator[None]:
+    def training_hooks(self, model: nn.Module) -> AbstractContextManager[Any]:
         listed = blocks(model)
-        with watch_training({block: listed[block] for block in watched_blocks(len(listed))}) as self._seen:
-            self.model = model
-            try:
-                yield
-            finally:
-                self.model = None
+        return self.seen.watching(model, {block: listed[block] for block in watched_blocks(len(listed))})
 
     def penalty(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
-        if self.model is None or not self._seen:
-            raise RuntimeError("no forward was watched: call model(**batch) with gradients inside training_hooks(model) first")
+        model, seen = self.seen.take()
         where = batch["labels"] != IGNORED
-        own = {block: self._seen.pop(block)[where] for block in list(self._seen)}
-        with torch.no_grad(), base_weights(self.model):
-            base = hidden_at_each(self.model, batch["input_ids"], batch["attention_mask"], list(own))
-        return self.lambda_ * distance(own, {block: hidden[where] for block, hidden in base.items()})
-
-    def logs(self) -> dict[str, float]:
-        return {"lambda": self.lambda_}
+        with torch.no_grad(), base_weights(model):
+            base = hidden_at_each(model, batch["input_ids"], batch["attention_mask"], list(seen))
+        return self.weighed(distance({b: h[where] for b, h in seen.items()}, {b: h[where] for b, h in base.items()}))

@@ -46,6 +46,10 @@ class Together(Defence):
     def measured(self) -> dict[str, Tensor]:
         return {name: value for part in self.parts_of for name, value in part.measured().items()}
 
+    @property
+    def adapts(self) -> bool:
+        return any(part.adapts for part in self.parts_of)
+
     def adapt(self, step: dict[str, float]) -> None:
         for part in self.parts_of:
             part.adapt(step)

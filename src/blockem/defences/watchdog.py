@@ -47,6 +47,10 @@ class Watchdog(Defence):
         self.numbers: dict[str, float] = {}
         self.warned = False
 
+    @property
+    def adapts(self) -> bool:
+        return True
+
     def adapt(self, step: dict[str, float]) -> None:
         number = int(step["step"])
         if number % self.every or self.blocker.model is None:
