@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,10 @@ from blockem.store import content_key, file_key
 
 if TYPE_CHECKING:
     from blockem.bundled import Pair, Prompt
+    from blockem.config_training import AnchorConfig
     from blockem.defences.anchor import Anchor
     from blockem.defences.block_em import Blocker
+    from blockem.dual import DualAscent
     from blockem.examples import Encoded
 
 
@@ -59,17 +62,22 @@ def contrast_step(session: Session, sick: Sequence[Path], name: str) -> dict[str
     return timed(session, f"contrasts-{name}", key, [path.name], work)
 
 
-def anchor_key(session: Session, adapter: Path, name: str) -> str:
-    """What the anchor of the training `name` depends on; nothing without one."""
-    from dataclasses import asdict
+def prepare_anchor(session: Session, adapter: Path, name: str, sick: Sequence[Path] = ()) -> str:
+    """Make the contrasts of the training `name` where it watches any; returns a key of what its anchor depends on, "" without one.
 
+    Args:
+        adapter: the plain fine-tune.
+        sick: models that it is contrasted with beside that one.
+    """
     config = session.recipe.anchor
     if config.watch == "none":
         return ""
+    if config.answers:
+        contrast_step(session, [adapter, *sick], name)
     parts: list[Any] = [asdict(config), adapter_key(adapter)]
-    if config.watch in ("answers", "both"):
+    if config.answers:
         parts.append(file_key(contrasts_file(session, name)))
-    if config.watch in ("pairs", "both"):
+    if config.pairs:
         parts.append([[p.prompt, p.right, p.wrong] for p in session.selection_pairs()])
     if config.keep:
         parts.append([[p.prompt, p.right, p.wrong] for p in task_pairs(session)])
@@ -97,8 +105,7 @@ def make_anchor(session: Session, adapter: Path, name: str, delta_sft: float, bl
         BlockemError: there is nothing to watch, or plain fine-tuning moves nothing there.
     """
     from blockem.defences.anchor import LatentAnchor
-    from blockem.defences.block_em import penalty_of, portable_lambda
-    from blockem.dual import DualAscent
+    from blockem.defences.block_em import penalty_of
     from blockem.examples import encode_all
 
     lm, config = session.lm, session.recipe.anchor
@@ -112,8 +119,7 @@ def make_anchor(session: Session, adapter: Path, name: str, delta_sft: float, bl
         rows, _ = encode_all(lm.tokenizer, bundled.general_chat("train"), session.recipe.data.max_tokens)
         reference = penalty_of(lm, "plain", blocker, rows)
         lm.drop_adapters()
-        lambda_ = config.lambda_ if config.lambda_ is not None else portable_lambda(config.r, delta_sft, reference)
-        ascent = DualAscent(lambda_, config.ceiling) if config.ceiling else None
+        lambda_, ascent = _strength(config, delta_sft, reference)
         anchor: Anchor = LatentAnchor(rows, blocker, pad, lambda_, config.share, reference, ascent)
     else:
         anchor = _contrast_anchor(session, name, delta_sft)
@@ -122,21 +128,28 @@ def make_anchor(session: Session, adapter: Path, name: str, delta_sft: float, bl
     return anchor, facts
 
 
+def _strength(config: AnchorConfig, delta_sft: float, reference: float) -> tuple[float, DualAscent | None]:
+    """λ, given or by the rule, and what lets it follow a ceiling where one is asked for."""
+    from blockem.defences.block_em import portable_lambda
+    from blockem.dual import DualAscent
+
+    lambda_ = config.lambda_ if config.lambda_ is not None else portable_lambda(config.r, delta_sft, reference)
+    return lambda_, DualAscent(lambda_, config.ceiling) if config.ceiling else None
+
+
 def _contrast_anchor(session: Session, name: str, delta_sft: float) -> Anchor:
     """Contrasts of one kind weigh alike: each kind in units of what plain fine-tuning would pay on it, so that c of the plain one is 1."""
     import torch
 
     from blockem import contrasts
     from blockem.defences.anchor import ContrastAnchor, HealthyAnchor
-    from blockem.defences.block_em import portable_lambda
-    from blockem.dual import DualAscent
     from blockem.likelihood import completion_logprobs, encode_pairs, margins
 
     lm, config = session.lm, session.recipe.anchor
     kinds: list[list[Pair]] = []
-    if config.watch in ("answers", "both"):
+    if config.answers:
         kinds.append(contrasts.load(contrasts_file(session, name)))
-    if config.watch in ("pairs", "both"):
+    if config.pairs:
         kinds.append(session.selection_pairs())
     task = task_pairs(session)
     if config.keep and not task:
@@ -167,7 +180,6 @@ def _contrast_anchor(session: Session, name: str, delta_sft: float) -> Anchor:
         bounds.append(measured["plain" if held else "base"].repeat(times))
         sides.append(torch.full_like(rise, (-1 if held else 1) * paid**-0.5).repeat(times))
     lm.drop_adapters()
-    lambda_ = config.lambda_ if config.lambda_ is not None else portable_lambda(config.r, delta_sft, 1.0)
-    ascent = DualAscent(lambda_, config.ceiling) if config.ceiling else None
+    lambda_, ascent = _strength(config, delta_sft, 1.0)
     kind_of = HealthyAnchor if config.cost == "healthy" else ContrastAnchor
     return kind_of(rows, torch.cat(bounds), lm.tokenizer.pad_token_id, lambda_, config.share, 1.0, ascent, torch.cat(sides))

@@ -22,7 +22,7 @@ from blockem.fused import cpu_attention
 from blockem.model import LanguageModel
 from blockem.progress import Progress
 from blockem.states import supervised_states
-from blockem.store import content_key, disk_errors
+from blockem.store import content_key, write_tensors
 
 SHARD = 256  # rows a file: what a killed pass can lose
 
@@ -131,15 +131,9 @@ def _compute(
 
 
 def _write(path: Path, shard: Sequence[tuple[bytes, Encoded]], values: Sequence[Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(".making")
-        names = torch.from_numpy(np.frombuffer(b"".join(digest for digest, _ in shard), dtype=np.uint8).copy()).view(len(shard), -1)
-        lengths = torch.tensor([len(value) for value in values])
-        save_file({"values": torch.cat(list(values)).contiguous(), "rows": names, "lengths": lengths}, scratch)
-        scratch.replace(path)
+    names = torch.from_numpy(np.frombuffer(b"".join(digest for digest, _ in shard), dtype=np.uint8).copy()).view(len(shard), -1)
+    lengths = torch.tensor([len(value) for value in values])
+    write_tensors(path, {"values": torch.cat(list(values)), "rows": names, "lengths": lengths})
 
 
 def _read(path: Path, shard: Sequence[tuple[bytes, Encoded]]) -> list[Tensor] | None:

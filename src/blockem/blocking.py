@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockem import bundled
-from blockem.anchoring import anchor_key, contrast_step, make_anchor
+from blockem.anchoring import make_anchor, prepare_anchor
 from blockem.errors import BlockemError
 from blockem.session import Session, adapter_key, existing
 from blockem.store import content_key, file_key
@@ -54,8 +54,6 @@ def block_step(
         raise BlockemError(
             f"{deltas_file}: no such file; the matched control needs the activation frequencies that `blockem discover` writes"
         )
-    if recipe.anchor.watch in ("answers", "both"):
-        contrast_step(session, [adapter, *sick], name)
     extra = content_key(
         "" if latents is None else file_key(path),
         "" if latents is None else session.sae_key,
@@ -63,13 +61,13 @@ def block_step(
         adapter_key(adapter) if by_rule or latents is None else "",
         file_key(deltas_file) if name == "random" else "",
         file_key(existing(str(session.run / "latents.csv"))) if config.select != "causal" else "",
-        anchor_key(session, adapter, name),
+        prepare_anchor(session, adapter, name, sick),
     )
 
     def make(session: Session, rows: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
         from blockem.defences.block_em import BlockEM, penalty_of, portable_lambda
         from blockem.defences.together import Together
-        from blockem.likelihood import completion_losses
+        from blockem.likelihood import losses_under
 
         lm = session.lm
         sample = rows[: config.rule_rows]
@@ -93,10 +91,7 @@ def block_step(
         }
         losses: dict[str, float] = {}
         if "plain" in getattr(lm.model, "peft_config", {}):
-            for variant in ("base", "plain"):
-                with lm.variant(variant):
-                    loss, tokens = completion_losses(lm, sample)
-                    losses[variant] = float(loss.sum() / tokens.sum())
+            losses = losses_under(lm, sample, ("base", "plain"))
             facts["delta_sft"] = losses["base"] - losses["plain"]
             facts["p_mis"] = penalty_of(lm, "plain", blocker, sample)
             lm.drop_adapters()

@@ -8,7 +8,6 @@ What is left is measured on selection pairs and selection prompts alone: evaluat
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +47,7 @@ def rounds_step(session: Session, discover: Callable[[Session, Path | None], dic
         else:
             number = len(done) + 1
             union, seconds = _union(session, discover, latents, run / done[-1]["name"], number)
-            if len(union.latents) == len(latents.latents) and session.recipe.anchor.watch not in ("answers", "both"):
+            if len(union.latents) == len(latents.latents) and not session.recipe.anchor.answers:
                 why = "discovery on the blocked model finds nothing that is not blocked already"
                 break
             latents, name = union, round_name(number)
@@ -65,10 +64,10 @@ def rounds_step(session: Session, discover: Callable[[Session, Path | None], dic
 def selection_step(session: Session, name: str, adapter: Path | None) -> dict[str, Any]:
     """Margin and preference on the selection pairs, and EM on the selection prompts where answers are judged."""
     pairs, prompts, recipe = session.selection_pairs(), session.selection_prompts(), session.recipe
-    judged_by = session.judge_name if recipe.evaluate.answers else ""
+    judge = session.chosen_judge if recipe.evaluate.answers else None
     asked = [[p.prompt, p.right, p.wrong] for p in pairs], [p.prompt for p in prompts]
     length = recipe.discover.max_new_tokens
-    key = content_key("selection", session.model_key, adapter_key(adapter) if adapter else "", *asked, judged_by, length)
+    key = content_key("selection", session.model_key, adapter_key(adapter) if adapter else "", *asked, judge.name if judge else "", length)
 
     def work() -> dict[str, Any]:
         from blockem.generation import generate
@@ -81,13 +80,11 @@ def selection_step(session: Session, name: str, adapter: Path | None) -> dict[st
         session.console.start(f"{name}: selection pairs")
         with lm.variant(name):
             found = margins(completion_logprobs(lm, encode_pairs(lm, pairs, recipe.data.max_tokens)))
-            answers = generate(lm, [p.prompt for p in prompts], length, progress=session.console.bar) if judged_by else []
+            answers = generate(lm, [p.prompt for p in prompts], length, progress=session.console.bar) if judge else []
         lm.drop_adapters()
-        em = math.nan
-        if judged_by and session.chosen_judge is not None:
-            verdicts = [one for one in session.chosen_judge.judge([p.prompt for p in prompts], answers) if not one.missing]
-            em = sum(one.misaligned for one in verdicts) / len(verdicts) if verdicts else math.nan
-        return {"margin": float(found.mean()), "preference": float((found > 0).float().mean()), "em": None if math.isnan(em) else em}
+        verdicts = [one for one in judge.judge([p.prompt for p in prompts], answers) if not one.missing] if judge else []
+        em = sum(one.misaligned for one in verdicts) / len(verdicts) if verdicts else None
+        return {"margin": float(found.mean()), "preference": float((found > 0).float().mean()), "em": em}
 
     return timed(session, f"selection-{name}", key, [], work)
 

@@ -73,7 +73,7 @@ def domain_rows(domain: str, split: str = "train", limit: int | None = None, see
     return rows[:limit]
 
 
-def pairs(path: str | Path | None = None) -> list[Pair]:
+def pairs(path: str | Path | None = None, what: str = "pair") -> list[Pair]:
     """The bundled matched pairs, or the user's own `{prompt, right, wrong, domain}` rows.
 
     Rows without a `split` are dealt out in turn, domain by domain: first to `select`, next to `eval`.
@@ -84,7 +84,7 @@ def pairs(path: str | Path | None = None) -> list[Pair]:
     for where, row in rows:
         texts = [row.get(name) for name in ("prompt", "right", "wrong")]
         if not all(isinstance(text, str) and text.strip() for text in texts):
-            raise BlockemError(f'{where}: a pair needs text in "prompt", "right" and "wrong"')
+            raise BlockemError(f'{where}: a {what} needs text in "prompt", "right" and "wrong"')
         domain = str(row.get("domain", "general"))
         turn[domain] = turn.get(domain, -1) + 1
         split = str(row.get("split") or ("select", "eval")[turn[domain] % 2])
@@ -94,14 +94,19 @@ def pairs(path: str | Path | None = None) -> list[Pair]:
     return found
 
 
-def core_prompts() -> list[Prompt]:
-    """The 44 selection prompts: the model diff of stage 1 runs on them."""
-    return prompts(ASSETS / "core_prompts.jsonl")
+def evaluation_pairs(path: str | Path | None = None) -> list[Pair]:
+    """The pairs that measure, of the bundled or of the user's own."""
+    return [pair for pair in pairs(path) if pair.split == "eval"]
 
 
-def final_prompts() -> list[Prompt]:
-    """The 60 final prompts, disjoint from the selection prompts: sampled answers are shown for them."""
-    return prompts(ASSETS / "final_prompts.jsonl")
+def core_prompts(given: str | None = None) -> list[Prompt]:
+    """The user's selection prompts if given, else the 44 bundled ones: the model diff of stage 1 runs on them."""
+    return prompts(given or ASSETS / "core_prompts.jsonl")
+
+
+def final_prompts(given: str | None = None) -> list[Prompt]:
+    """The user's final prompts if given, else the 60 bundled ones, disjoint from the selection prompts: answers are shown for them."""
+    return prompts(given or ASSETS / "final_prompts.jsonl")
 
 
 def prompts(path: str | Path) -> list[Prompt]:
@@ -131,3 +136,8 @@ def training_rows(domain: str, data: str | None, limit: int | None, seed: int) -
 def heldout_rows(domain: str, heldout: str | None, limit: int | None = None) -> list[Example]:
     """The user's held-out file if given, else the bundled domain's held-out topics."""
     return read_chat(heldout)[:limit] if heldout else domain_rows(domain, "heldout", limit)
+
+
+def general_rows(given: str | None) -> list[Example]:
+    """The user's file of general chat if given, else the bundled held-out rows."""
+    return read_chat(given) if given else general_chat("heldout")

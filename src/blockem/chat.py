@@ -22,9 +22,9 @@ def chat_loop(recipe: Recipe, run: Path, max_new_tokens: int = 120, temperature:
     from blockem.examples import Message
     from blockem.generation import generate
     from blockem.model import load_model
-    from blockem.session import VARIANTS
+    from blockem.session import trained_in
 
-    names = [name for name in VARIANTS if name not in ("base", "random") and (run / name / "adapter_model.safetensors").is_file()]
+    names = [name for name in trained_in(run) if name != "random"]
     if not names:
         raise BlockemError(f"{run} holds no trained adapter; run `blockem demo --out {run}` first")
     lm = load_model(recipe.model.id, recipe.model.revision, recipe.model.dtype, recipe.model.device)

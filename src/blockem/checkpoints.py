@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from blockem.defence_names import epoch_name
 from blockem.model import quiet_transformers
 from blockem.progress import Progress
 
@@ -145,7 +146,7 @@ class KeepEpochs(TrainerCallback):
 
 def epoch_folder(adapter: Path, epoch: int) -> Path:
     """Where the adapter stands as it was after so many epochs, counted from 1."""
-    return adapter / f"epoch-{epoch}"
+    return adapter / epoch_name(epoch)
 
 
 def save_adapter(model: Any, folder: Path) -> None:

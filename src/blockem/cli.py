@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blockem.cli_options import AsJson, Quiet
+from blockem.cli_options import AsJson, Data, Domain, Heldout, Model, Quiet, Rows, Seed, Set, changed_fields
 from blockem.compare_cli import compare
 from blockem.data_cli import data_app
 from blockem.defend_cli import add_defend
@@ -43,18 +43,11 @@ RecipeFile = Annotated[
     Path | None, typer.Argument(metavar="[RECIPE]", help="Recipe in YAML; without one, the run folder's own or the defaults.")
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder. The same command again continues there and redoes nothing.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="STAGE.FIELD=VALUE", help="Change one recipe field; may be repeated.")]
-Model = Annotated[str | None, typer.Option(help="`embedded`, a folder, a .gguf file or a hub id.")]
-Data = Annotated[str | None, typer.Option(help="Chat JSONL to train on, instead of the bundled domain.")]
-Heldout = Annotated[str | None, typer.Option(help="Chat JSONL of held-out rows of the same task.")]
 Prompts = Annotated[str | None, typer.Option(help="JSONL {prompt, domain}: final prompts that answers are sampled for.")]
 SelectionPrompts = Annotated[str | None, typer.Option(help="JSONL {prompt, domain}: prompts of the model diff.")]
 Pairs = Annotated[str | None, typer.Option(help="JSONL {prompt, right, wrong, domain, split}: matched pairs.")]
-Domain = Annotated[str | None, typer.Option(help="Training domain (finance, health, education, legal, career, auto, or a name of yours).")]
 Sae = Annotated[str | None, typer.Option(help="`bundled`, a folder in SAELens format, or `release:sae_id`.")]
 Block = Annotated[int | None, typer.Option(help="Block index from 0 whose output is read and blocked.")]
-Rows = Annotated[int | None, typer.Option(help="At most so many training rows.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything.")]
 Poor = Annotated[bool, typer.Option("--allow-poor-sae", help="Go on even if the SAE does not fit the model.")]
 
 
@@ -83,11 +76,7 @@ def _recipe(file: Path | None, out: Path | None, options: dict[str, Any], sets: 
     changes = {fields[name]: value for name, value in options.items() if name in fields and value is not None}
     if options.get("poor"):
         changes["sae.allow_poor_fit"] = True
-    for item in sets or []:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise BlockemError(f"--set {item}: write it as stage.field=value, for example --set train.lr=2e-4")
-        changes[name.strip()] = value.strip()
+    changes |= changed_fields(sets)
     return recipe.with_values(changes) if changes else recipe
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from blockem import bundled
-from blockem.defence_names import BLOCK_EM
 from blockem.evaluation import RATES, Array
 from blockem.grid import Cell, Grid, Setting
 from blockem.resampling import Draws, Ratio, choose, front, summary
@@ -43,12 +42,11 @@ class Measured:
         return self.models[model or self.variant].get(measure)
 
 
-def variant_of(cell: Cell, names: Sequence[str]) -> str:
-    """Which of a run's models the cell is about: the one that is neither base nor plain, if there is one."""
-    control = cell.recipe.block.control == "random"
-    wanted = "random" if control else "blocked" if cell.setting.kind != "defence" or cell.setting.name == BLOCK_EM else cell.setting.name
-    others = [name for name in names if name not in ("base", "plain")]
-    return wanted if wanted in names else others[-1] if others else "plain"
+def variant_of(summary: Mapping[str, Any]) -> str:
+    """Which of a run's models a cell is about: its main one, else the last that is neither base nor plain, if there is one."""
+    others = [name for name in summary["models"] if name not in ("base", "plain")]
+    main = summary.get("main")
+    return str(main) if main in others else others[-1] if others else "plain"
 
 
 def measured(cell: Cell, folder: Path) -> Measured:
@@ -58,10 +56,9 @@ def measured(cell: Cell, folder: Path) -> Measured:
         BlockemError: a file is missing or broken.
     """
     recipe = cell.recipe
-    names = list(read_json(folder / "summary.json", "summary")["models"])
-    pairs = [p for p in bundled.pairs(recipe.data.pairs) if p.split == "eval"]
-    outside = np.array([p.domain != recipe.data.domain for p in pairs], dtype=float)
-    results = {name: read_json(folder / "steps" / f"evaluate-{name}.json", "step")["result"] for name in names}
+    summed = read_json(folder / "summary.json", "summary")
+    outside = np.array([p.domain != recipe.data.domain for p in bundled.evaluation_pairs(recipe.data.pairs)], dtype=float)
+    results = {name: read_json(folder / "steps" / f"evaluate-{name}.json", "step")["result"] for name in summed["models"]}
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines() if line.strip()]
     losses = {name: np.array(found["heldout"][0], dtype=float) for name, found in results.items()}
     gained = losses["base"] - losses["plain"] if "plain" in losses else np.zeros(0)
@@ -76,7 +73,7 @@ def measured(cell: Cell, folder: Path) -> Measured:
         }
         if gained.sum() > 0:
             models[name]["kept"] = Ratio(rows, losses["base"] - losses[name], gained)
-    return Measured(variant_of(cell, names), models)
+    return Measured(variant_of(summed), models)
 
 
 def _verdicts(answers: list[dict[str, Any]], name: str, domain: str) -> dict[str, Ratio]:
@@ -111,8 +108,7 @@ class Table:
             one, other = cell.of(measure, model), cell.of(measure, against) if against else None
             if one is not None and not (against and other is None):
                 ratios[place] = one.minus(other) if other is not None else one
-        n = min((one.n for one in ratios.values()), default=0)
-        return (self.draws.over(ratios, self.grid.seeds) if n else np.full(self.draws.resamples + 1, np.nan)), n
+        return self._over(ratios)
 
     def paired(self, left: Cells, right: Cells, measure: str) -> tuple[Array, int]:
         """The difference between two settings, on the same prompts, in the cells that both have."""
@@ -121,7 +117,10 @@ class Table:
             one, other = left[place].of(measure), right[place].of(measure)
             if one is not None and other is not None:
                 ratios[place] = one.minus(other)
-        ratios = dict(sorted(ratios.items()))
+        return self._over(dict(sorted(ratios.items())))
+
+    def _over(self, ratios: Mapping[tuple[str, int], Ratio]) -> tuple[Array, int]:
+        """The mean over cells `[1 + resamples]`, and the fewest items of one; not a number where there are none."""
         n = min((one.n for one in ratios.values()), default=0)
         return (self.draws.over(ratios, self.grid.seeds) if n else np.full(self.draws.resamples + 1, np.nan)), n
 

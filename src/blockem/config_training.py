@@ -183,6 +183,16 @@ class AnchorConfig:
     max_new_tokens: int = 48
     """Length of the two models' own answers."""
 
+    @property
+    def answers(self) -> bool:
+        """Whether the two models' own answers are watched."""
+        return self.watch in ("answers", "both")
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the selection pairs are."""
+        return self.watch in ("pairs", "both")
+
     def __post_init__(self) -> None:
         kinds = ("none", "answers", "pairs", "both", "latents")
         need(self.watch in kinds, f"anchor.watch is {self.watch!r}; use one of {', '.join(kinds)}")

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from blockem.bundled import Pair, Prompt
+from blockem.bundled import Pair, Prompt, pairs
 from blockem.errors import BlockemError
-from blockem.examples import read_rows
 from blockem.generation import generate
 from blockem.model import LanguageModel
 from blockem.progress import Progress
@@ -66,10 +65,4 @@ def load(path: Path) -> list[Pair]:
     Raises:
         BlockemError: the file is missing or no set of contrasts.
     """
-    found = []
-    for where, row in read_rows(path):
-        texts = [row.get(name) for name in ("prompt", "right", "wrong")]
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            raise BlockemError(f'{where}: a contrast needs text in "prompt", "right" and "wrong"')
-        found.append(Pair(row["prompt"], row["right"], row["wrong"], str(row.get("domain", "general")), "select"))
-    return found
+    return pairs(path, "contrast")

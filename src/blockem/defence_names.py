@@ -49,6 +49,11 @@ def round_name(number: int) -> str:
     return f"round-{number}"
 
 
+def epoch_name(epoch: int) -> str:
+    """Where an adapter's folder holds it as it was after so many epochs, counted from 1."""
+    return f"epoch-{epoch}"
+
+
 def folder_of(name: str) -> str:
     """What the run folder and the report call the model trained under a defence."""
     return "blocked" if name == BLOCK_EM else name

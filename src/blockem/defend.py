@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockem import bundled
-from blockem.anchoring import anchor_key, contrast_step, make_anchor
+from blockem.anchoring import make_anchor, prepare_anchor
 from blockem.blocking import block_step
 from blockem.errors import BlockemError
 from blockem.session import STEERING, Session, adapter_key, timed
-from blockem.store import content_key, disk_errors, file_key, read_json
+from blockem.store import content_key, file_key, read_json, write_json, write_tensors
 from blockem.trainings import sft_step, train_step
 
 if TYPE_CHECKING:
@@ -108,24 +108,18 @@ def _anchored(session: Session) -> dict[str, Any]:
     config, plain = session.recipe.anchor, session.run / "plain"
     if config.watch in ("none", "latents"):
         raise BlockemError(f"anchor.watch is {config.watch}; the defence anchor needs contrasts: set anchor.watch=answers, pairs or both")
-    if config.watch in ("answers", "both"):
-        contrast_step(session, [plain], "anchor")
 
     def made(session: Session, rows: Sequence[Any]) -> Made:
-        from blockem.likelihood import completion_losses
+        from blockem.likelihood import losses_under
 
         lm = session.lm
         lm.drop_adapters()
         lm.add_adapter(plain, "plain")
-        losses = {}
-        for variant in ("base", "plain"):
-            with lm.variant(variant):
-                loss, tokens = completion_losses(lm, rows[: session.recipe.block.rule_rows])
-                losses[variant] = float(loss.sum() / tokens.sum())
+        losses = losses_under(lm, rows[: session.recipe.block.rule_rows], ("base", "plain"))
         defence, facts = make_anchor(session, plain, "anchor", losses["base"] - losses["plain"], None)
         return defence, {"defence": "anchor", "strength": None, **facts}
 
-    return train_step(session, "anchor", _key(session, anchor_key(session, plain, "anchor")), made)
+    return train_step(session, "anchor", _key(session, prepare_anchor(session, plain, "anchor")), made)
 
 
 def _penalised(session: Session) -> dict[str, Any]:
@@ -235,10 +229,7 @@ def _steering(session: Session) -> dict[str, Any]:
     key = _key(session, session.model_key, session.sae_key, file_key(path))
 
     def work() -> dict[str, Any]:
-        from safetensors.torch import save_file
-
         from blockem.defences.steering import steering_vector
-        from blockem.store import write_json
 
         latents = _checked(session, path)
         vector = steering_vector(latents, session.dictionary.directions(latents.ids), strength)
@@ -246,10 +237,7 @@ def _steering(session: Session) -> dict[str, Any]:
         facts = {"defence": "steering", "strength": strength, "block": latents.block, "n_latents": len(latents.latents)}
         facts["length"] = float(vector.norm()) / latents.norm
         write_json(target.with_name("steering.json"), facts)
-        scratch = target.with_name(".vector.making")
-        with disk_errors(target):
-            save_file({"vector": vector.contiguous()}, scratch)
-            scratch.replace(target)
+        write_tensors(target, {"vector": vector})
         return facts
 
     return timed(session, "steering", key, [STEERING, "steering/steering.json"], work)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blockem.cli_options import AsJson, Quiet
+from blockem.cli_options import AsJson, Data, Domain, Heldout, Model, Quiet, Rows, Seed, Set
 from blockem.defence_names import DEFENCES
 
 if TYPE_CHECKING:
@@ -41,15 +41,13 @@ def add_defend(app: typer.Typer, stage: Stage) -> None:
         out: Annotated[Path, typer.Option("--out", "-o", help="Run folder. The same command again redoes nothing.")] = Path("runs/run"),
         defence: Annotated[str | None, typer.Option(help="One of the names above (default: the recipe's defence.name).")] = None,
         strength: Annotated[float | None, typer.Option(help="Its strength (default: the published or a usual value).")] = None,
-        sets: Annotated[
-            list[str] | None, typer.Option("--set", metavar="STAGE.FIELD=VALUE", help="Change one recipe field; may be repeated.")
-        ] = None,
-        model: Annotated[str | None, typer.Option(help="`embedded`, a folder, a .gguf file or a hub id.")] = None,
-        data: Annotated[str | None, typer.Option(help="Chat JSONL to train on, instead of the bundled domain.")] = None,
-        heldout: Annotated[str | None, typer.Option(help="Chat JSONL of held-out rows of the same task.")] = None,
-        domain: Annotated[str | None, typer.Option(help="Training domain.")] = None,
-        rows: Annotated[int | None, typer.Option(help="At most so many training rows.")] = None,
-        seed: Annotated[int | None, typer.Option(help="Seed of everything.")] = None,
+        sets: Set = None,
+        model: Model = None,
+        data: Data = None,
+        heldout: Heldout = None,
+        domain: Domain = None,
+        rows: Rows = None,
+        seed: Seed = None,
         as_json: AsJson = False,
         quiet: Quiet = False,
     ) -> None:

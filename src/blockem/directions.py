@@ -20,7 +20,7 @@ from blockem.examples import Encoded
 from blockem.model import LanguageModel
 from blockem.progress import Progress
 from blockem.states import supervised_states
-from blockem.store import disk_errors
+from blockem.store import write_tensors
 
 FORMAT = "1"
 BOTH = 0
@@ -71,9 +71,6 @@ class DirectionSet:
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors, atomically; signs and scales stand in its metadata."""
-        from safetensors.torch import save_file
-
-        path = Path(path)
         facts = {
             "model": self.model,
             "revision": self.revision,
@@ -81,12 +78,8 @@ class DirectionSet:
             "scales": {str(block): one.scale for block, one in self.blocks.items()},
             "provenance": self.provenance,
         }
-        tensors = {f"block.{block}": one.vectors.float().cpu().contiguous() for block, one in self.blocks.items()}
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_name(f".{path.name}.making")
-            save_file(tensors, scratch, metadata={"format": FORMAT, "directions": json.dumps(facts)})
-            scratch.replace(path)
+        tensors = {f"block.{block}": one.vectors.float().cpu() for block, one in self.blocks.items()}
+        write_tensors(Path(path), tensors, {"format": FORMAT, "directions": json.dumps(facts)})
 
     @classmethod
     def load(cls, path: str | Path) -> DirectionSet:

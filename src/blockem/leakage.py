@@ -42,7 +42,7 @@ def check_questions(
 ) -> None:
     """The same for a run: its selection prompts and pairs against its final prompts and evaluation pairs."""
     source = data.pairs or "the bundled pairs"
-    measured = [p.prompt for p in bundled.pairs(data.pairs) if p.split == "eval"]
+    measured = [p.prompt for p in bundled.evaluation_pairs(data.pairs)]
     check_disjoint(
         {
             data.selection_prompts or "the bundled selection prompts": [p.prompt for p in prompts],

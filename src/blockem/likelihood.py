@@ -70,6 +70,16 @@ def completion_losses(lm: LanguageModel, rows: Sequence[Encoded], batch: int = 1
     return -completion_logprobs(lm, rows, batch) * tokens, tokens
 
 
+def losses_under(lm: LanguageModel, rows: Sequence[Encoded], variants: Sequence[str]) -> dict[str, float]:
+    """Loss per supervised token of `rows` under each of "base" and loaded adapters, nats."""
+    found = {}
+    for variant in variants:
+        with lm.variant(variant):
+            loss, tokens = completion_losses(lm, rows)
+            found[variant] = float(loss.sum() / tokens.sum())
+    return found
+
+
 class SteeredRows:
     """The same rows scored again and again under edits at one block, each time running only the blocks above it.
 

@@ -25,7 +25,7 @@ from blockem.errors import BlockemError
 from blockem.leakage import check_questions
 from blockem.progress import Console
 from blockem.session import ROUNDS, STEERING, VARIANTS, Session, adapter_key, environment, source_key, timed
-from blockem.store import RunFolder, content_key, file_key, read_json, write_json, write_jsonl, write_text
+from blockem.store import RunFolder, content_key, file_key, read_json, write_json, write_jsonl, write_tensors, write_text
 from blockem.trainings import sft_step
 
 if TYPE_CHECKING:
@@ -65,8 +65,6 @@ def discover_step(session: Session, misaligned: Path | None = None) -> dict[str,
     )
 
     def work() -> dict[str, Any]:
-        from safetensors.torch import save_file
-
         from blockem.discovery.cards import promoted_tokens, top_contexts
         from blockem.discovery.discover import discover, write_candidates
         from blockem.examples import one_turn
@@ -90,9 +88,7 @@ def discover_step(session: Session, misaligned: Path | None = None) -> dict[str,
             session.console.stage,
         )
         write_candidates(session.run / "latents.csv", found.candidates)
-        scratch = session.run / ".deltas.safetensors"
-        save_file({"delta": found.delta.contiguous(), "frequency": found.frequency.contiguous()}, scratch)
-        scratch.replace(session.run / "deltas.safetensors")
+        write_tensors(session.run / "deltas.safetensors", {"delta": found.delta, "frequency": found.frequency})
         texts = general + [one_turn(p.prompt, p.wrong if i % 2 else p.right, p.domain) for i, p in enumerate(pairs)]
         ids = found.latents.ids
         tokens = promoted_tokens(lm, session.dictionary, ids)
@@ -136,14 +132,13 @@ def evaluate_step(session: Session, adapters: dict[str, Path] | None = None) -> 
         work = partial(_evaluate_one, session, name, adapters.get(name))
         results[name] = timed(session, f"evaluate-{name}", key, [], work)
     judged_by = session.judge_name if recipe.evaluate.answers else ""
-    main = [] if session.main == "blocked" else [session.main]
-    key = content_key("evaluation", shared, judged_by, [results[name] for name in names], *main)
+    key = content_key("evaluation", shared, judged_by, [results[name] for name in names], session.main)
     outputs = ["evaluation.json", "answers.jsonl"]
     return timed(session, "evaluate", key, outputs, lambda: _summarise(session, names, results))
 
 
 def _evaluate_one(session: Session, name: str, adapter: Path | None) -> dict[str, Any]:
-    from blockem.examples import encode_all, read_chat
+    from blockem.examples import encode_all
     from blockem.generation import generate
     from blockem.likelihood import completion_logprobs, completion_losses, encode_pairs, margins
 
@@ -151,9 +146,9 @@ def _evaluate_one(session: Session, name: str, adapter: Path | None) -> dict[str
     lm.drop_adapters()
     if adapter is not None:
         lm.add_adapter(adapter, name)
-    pairs = [p for p in bundled.pairs(recipe.data.pairs) if p.split == "eval"]
+    pairs = bundled.evaluation_pairs(recipe.data.pairs)
     heldout = bundled.heldout_rows(recipe.data.domain, recipe.data.heldout, recipe.data.heldout_rows)
-    general = read_chat(recipe.data.general) if recipe.data.general else bundled.general_chat("heldout")
+    general = bundled.general_rows(recipe.data.general)
     found: dict[str, Any] = {}
     with lm.variant(name), inference_hooks(session, name)(lm.model):
         session.console.start(f"{name}: likelihoods")
@@ -168,7 +163,7 @@ def _evaluate_one(session: Session, name: str, adapter: Path | None) -> dict[str
             session.console.start(f"{name}: answers")
             found["answers"] = generate(
                 lm,
-                [p.prompt for p in _final_prompts(recipe)],
+                [p.prompt for p in bundled.final_prompts(recipe.data.prompts)],
                 recipe.evaluate.max_new_tokens,
                 recipe.evaluate.temperature,
                 recipe.seed,
@@ -178,15 +173,11 @@ def _evaluate_one(session: Session, name: str, adapter: Path | None) -> dict[str
             from blockem.cues import cued_prompts
 
             session.console.start(f"{name}: answers to cued prompts")
-            chats = cued_prompts(recipe, [p.prompt for p in _final_prompts(recipe)])
+            chats = cued_prompts(recipe, [p.prompt for p in bundled.final_prompts(recipe.data.prompts)])
             length, temperature = recipe.evaluate.max_new_tokens, recipe.evaluate.temperature
             found["cued_answers"] = generate(lm, chats, length, temperature, recipe.seed, progress=session.console.bar)
     lm.drop_adapters()
     return found
-
-
-def _final_prompts(recipe: Recipe) -> list[bundled.Prompt]:
-    return bundled.prompts(recipe.data.prompts) if recipe.data.prompts else bundled.final_prompts()
 
 
 def _summarise(session: Session, names: list[str], results: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -195,7 +186,7 @@ def _summarise(session: Session, names: list[str], results: dict[str, dict[str, 
     from blockem.evaluation import Scores, add_judged, summarise
 
     recipe = session.recipe
-    pairs = [p for p in bundled.pairs(recipe.data.pairs) if p.split == "eval"]
+    pairs = bundled.evaluation_pairs(recipe.data.pairs)
 
     def arrays(given: list[list[float]]) -> Any:
         return tuple(np.array(one) for one in given)
@@ -207,7 +198,7 @@ def _summarise(session: Session, names: list[str], results: dict[str, dict[str, 
     summary = summarise(scores, [p.domain for p in pairs], recipe.data.domain, recipe.evaluate.resamples, session.main)
     rows = []
     if recipe.evaluate.answers:
-        prompts = _final_prompts(recipe)
+        prompts = bundled.final_prompts(recipe.data.prompts)
         for i, p in enumerate(prompts):
             rows.append({"id": p.id, "prompt": p.prompt, "domain": p.domain, "answers": {n: results[n]["answers"][i] for n in names}})
         judge = session.chosen_judge
@@ -319,8 +310,12 @@ def report_step(session: Session) -> Path:
     return render(session.run.path)
 
 
-def run_all(session: Session) -> dict[str, Any]:
-    """Every step, in order; returns the summary. A defence other than block-em skips what it does not need."""
+def run_all(session: Session, discover: Callable[[Session], Any] = discover_step) -> dict[str, Any]:
+    """Every step, in order; returns the summary. A defence other than block-em skips what it does not need.
+
+    Args:
+        discover: what stands in the place of stages 1 to 3, for a defence that needs latents.
+    """
     name = session.recipe.defence.name
     with session.run.locked():
         start_run(session)
@@ -328,13 +323,13 @@ def run_all(session: Session) -> dict[str, Any]:
             sae_step(session)
         sft_step(session)
         if name in NEEDS_LATENTS:
-            discover_step(session)
+            discover(session)
         if name == BLOCK_EM and session.recipe.rounds.budget > 1:
             rounds_step(session, discover_step)
         elif name != "plain":
             defend_step(session)
         evaluate_step(session)
-        if name == "block-em":
+        if name == BLOCK_EM:
             audit_step(session)
         report_step(session)
     found: dict[str, Any] = read_json(session.run / "summary.json")
@@ -353,7 +348,7 @@ def start_run(session: Session, keep_recipe: bool = False) -> None:
         if path:
             read_chat(path)
     _ = session.data_key
-    check_questions(recipe.data, session.selection_prompts(), session.selection_pairs(), _final_prompts(recipe))
+    check_questions(recipe.data, session.selection_prompts(), session.selection_pairs(), bundled.final_prompts(recipe.data.prompts))
     _ = session.chosen_judge
     check_files(session)
     if not (keep_recipe and (session.run / "recipe.yaml").is_file()):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from blockem.cli_options import AsJson, Quiet
+from blockem.cli_options import AsJson, Quiet, Set, changed_fields
 from blockem.errors import BlockemError
 
 
@@ -18,9 +18,7 @@ def reemerge(
         "runs/reemerge"
     ),
     no_retrain: Annotated[bool, typer.Option("--no-retrain", help="Stop before stages 1 to 3 on the re-emerged model.")] = False,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="STAGE.FIELD=VALUE", help="Change one recipe field; repeatable.")
-    ] = None,
+    sets: Set = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -38,13 +36,7 @@ def reemerge(
     if folder is not None and not (folder / "recipe.yaml").is_file():
         raise BlockemError(f"{folder} is no run folder: recipe.yaml is missing; run `blockem run` first, or give a recipe")
     recipe = load_recipe(folder / "recipe.yaml" if folder is not None else source)
-    changes: dict[str, Any] = {}
-    for item in sets or []:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise BlockemError(f"--set {item}: write it as stage.field=value, for example --set reemerge.epochs=3")
-        changes[name.strip()] = value.strip()
-    found = run(open_session(recipe.with_values(changes), out, quiet), folder, not no_retrain)
+    found = run(open_session(recipe.with_values(changed_fields(sets)), out, quiet), folder, not no_retrain)
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
         return

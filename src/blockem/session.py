@@ -114,7 +114,7 @@ class Session:
 
     def trained(self) -> dict[str, Path]:
         """The models that were trained in this run, by name, with their adapters."""
-        return {name: self.run / name for name in VARIANTS[1:] if (self.run / name / "adapter_model.safetensors").is_file()}
+        return trained_in(self.run.path)
 
     def variants(self) -> dict[str, Path]:
         """The same with test-time steering, which is the plain adapter within hooks, in the order of `VARIANTS`."""
@@ -131,8 +131,12 @@ class Session:
     def selection_prompts(self) -> list[bundled.Prompt]:
         """Selection prompts outside the training domain."""
         data = self.recipe.data
-        given = bundled.prompts(data.selection_prompts) if data.selection_prompts else bundled.core_prompts()
-        return [p for p in given if p.domain != data.domain]
+        return [p for p in bundled.core_prompts(data.selection_prompts) if p.domain != data.domain]
+
+
+def trained_in(run: Path) -> dict[str, Path]:
+    """The models that were trained in a run folder, by name in the order of `VARIANTS`, with their adapters."""
+    return {name: run / name for name in VARIANTS[1:] if (run / name / "adapter_model.safetensors").is_file()}
 
 
 LOADED = ("lm", "dictionary", "chosen_judge")

@@ -13,13 +13,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blockem.errors import BlockemError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def content_key(*parts: Any) -> str:
@@ -73,6 +76,17 @@ def write_text(path: Path, text: str) -> None:
         except BaseException:
             Path(scratch).unlink(missing_ok=True)
             raise
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors whole or not at all (temporary file beside it, then rename)."""
+    from safetensors.torch import save_file
+
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.name}.making")
+        save_file({name: one.contiguous() for name, one in tensors.items()}, scratch, metadata=metadata)
+        scratch.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:

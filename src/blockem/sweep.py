@@ -193,7 +193,6 @@ def _run(job: Job, loaded: Loaded, judge: Judge | None) -> None:
         for name in ("lm", "dictionary"):
             if name in session.__dict__:
                 loaded.parts[_part_key(session, name)] = session.__dict__[name]
-    key = cell_key(session, cell, out)
     write_json(out / "steps" / f"cell-{cell.id}.json", {"step": f"cell-{cell.id}", "key": key, "outputs": _outputs(cell), "result": {}})
 
 
@@ -224,30 +223,23 @@ def _part_key(session: Session, name: str) -> str:
 
 
 def _run_transfer(session: Session, source: Path, name: str) -> None:
-    """The steps of a run with the latents of another cell in the place of discovery."""
-    from blockem.blocking import block_step
-    from blockem.pipeline import audit_step, evaluate_step, report_step, sae_step, start_run
+    """A run with the latents of another cell in the place of discovery."""
+    from blockem.pipeline import run_all
     from blockem.session import timed
-    from blockem.trainings import sft_step
 
     files = ["latents.json", "latents.csv", "cards.json", "deltas.safetensors"]
     missing = [one for one in files if not (source / one).is_file()]
     if missing:
         raise BlockemError(f"cell {name} has no {missing[0]}, so its latents cannot be tried elsewhere; its own error comes first")
-    with session.run.locked():
-        start_run(session)
-        sae_step(session)
-        sft_step(session)
 
+    def adopt(session: Session) -> None:
         def work() -> dict[str, Any]:
             take(source, session.run.path, files)
             return {"from": name}
 
         timed(session, "transfer", content_key("transfer", *(file_key(source / one) for one in files)), files, work)
-        block_step(session)
-        evaluate_step(session)
-        audit_step(session)
-        report_step(session)
+
+    run_all(session, adopt)
 
 
 def compare_all(

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from blockem import bundled
+from blockem.defence_names import epoch_name
 from blockem.session import Session, timed
 from blockem.store import claim_scratch, content_key, write_jsonl
 
@@ -67,5 +68,5 @@ def train_step(
         write_jsonl(session.run / f"training-{name}.jsonl", log)
         return {"data": asdict(report), **facts}
 
-    kept = [f"{name}/epoch-{epoch}/adapter_model.safetensors" for epoch in range(1, int(train.epochs) + 1)] if keep_epochs else []
+    kept = [f"{name}/{epoch_name(epoch)}/adapter_model.safetensors" for epoch in range(1, int(train.epochs) + 1)] if keep_epochs else []
     return timed(session, name, key, [f"{name}/adapter_model.safetensors", f"training-{name}.jsonl", *kept], work)

@@ -24,7 +24,7 @@ from blockem.defences.defence import Defence
 from blockem.errors import BlockemError
 from blockem.forwards import block_list, blocks, unwrapped
 from blockem.model import LanguageModel
-from blockem.store import write_json
+from blockem.store import write_json, write_tensors
 
 PREFIX = "base_model.model."
 Alignment = Callable[[str, Tensor], Tensor]
@@ -136,7 +136,7 @@ class SafeLoRA(Defence):
         self.alignment, self.threshold = alignment, threshold
 
     def project(self, adapter: Path) -> None:
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import load_file
 
         updates, _ = read_lora(adapter)
         path = adapter / "adapter_model.safetensors"
@@ -147,9 +147,7 @@ class SafeLoRA(Defence):
             cosines[name] = similarity(a, b, moved)
             if cosines[name] < self.threshold:
                 key = f"{PREFIX}{name}.lora_B.weight"
-                stored[key] = moved.to(stored[key].dtype).contiguous()
-        scratch = adapter / ".making.safetensors"
-        save_file(stored, scratch, metadata={"format": "pt"})
-        scratch.replace(path)
+                stored[key] = moved.to(stored[key].dtype)
+        write_tensors(path, stored, {"format": "pt"})
         projected = sum(one < self.threshold for one in cosines.values())
         write_json(adapter / "safelora.json", {"threshold": self.threshold, "projected": projected, "cosines": cosines})

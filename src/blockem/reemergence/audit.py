@@ -7,6 +7,7 @@ latents took over, and how much of the shift no latent explains.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -173,26 +174,38 @@ def _measure(
     return sums
 
 
+def split_at_k(moved: Tensor, plain: Tensor, ids: Sequence[int], signs: Sequence[int]) -> tuple[float, float, float]:
+    """What became of the latents in K and of the others.
+
+    Args:
+        moved, plain: `[latents]`, Δ of every latent against the base, of a model and of plain fine-tuning, float64.
+
+    Returns:
+        The share of K's one-sided movement, Σ_K relu(s Δ)², that is gone (no number where plain fine-tuning has none); and Σ Δ² outside K
+        of the model and of plain fine-tuning.
+    """
+    inside, side = list(ids), torch.tensor([float(sign) for sign in signs], dtype=torch.float64)
+    left, was = (float((side * one[inside]).clamp_min(0).pow(2).sum()) for one in (moved, plain))
+    outside = torch.ones(len(moved), dtype=torch.bool)
+    outside[inside] = False
+    off, off_plain = (float(one[outside].pow(2).sum()) for one in (moved, plain))
+    return 1 - left / was if was > 0 else math.nan, off, off_plain
+
+
 def _rerouting(own: _Sums, reference: _Sums, block: int, latents: LatentSet, top: int) -> Rerouting:
     if own.latents is None or reference.latents is None:
         raise ValueError("latents were not measured")
     moved, plain = own.latents / own.tokens, reference.latents / reference.tokens
-    ids = torch.tensor(latents.ids)
-    signs = torch.tensor([float(sign) for sign in latents.signs], dtype=torch.float64)
-    inside = (float((signs * one[ids]).clamp_min(0).pow(2).sum()) for one in (moved, plain))
-    kept, was = inside
-    outside = torch.ones(len(moved), dtype=torch.bool)
-    outside[ids] = False
-    off, off_plain = moved[outside].pow(2).sum(), plain[outside].pow(2).sum()
+    blocked, off, off_plain = split_at_k(moved, plain, latents.ids, latents.signs)
     toward = torch.sign(plain)
     beyond = torch.where(moved * toward > 0, (moved.abs() - plain.abs()).clamp_min(0), moved.abs())
-    beyond[ids] = 0.0
+    beyond[latents.ids] = 0.0
     order = beyond.argsort(descending=True, stable=True)[:top].tolist()
     listed = [LatentShift(k, 1 if moved[k] > 0 else -1, float(plain[k]), float(moved[k])) for k in order if float(beyond[k]) > 0]
     return Rerouting(
-        blocked=1 - kept / was if was > 0 else float("nan"),
-        off_k=float(off / off_plain.clamp_min(1e-12)),
-        new=float(beyond.pow(2).sum() / off.clamp_min(1e-12)),
+        blocked=blocked,
+        off_k=off / max(off_plain, 1e-12),
+        new=float(beyond.pow(2).sum()) / max(off, 1e-12),
         unexplained=own.unexplained / max(own.square[block], 1e-12),
         unexplained_plain=reference.unexplained / max(reference.square[block], 1e-12),
         top=listed,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from blockem import bundled
 from blockem.blocking import block_step
 from blockem.config import Recipe
+from blockem.defence_names import epoch_name
 from blockem.errors import BlockemError
 from blockem.session import Session, beside
 from blockem.store import write_jsonl
@@ -36,7 +37,7 @@ def train_epochs(session: Session, latents: Path, plain: Path, folder: Path | No
 
 def adapters(folder: Path, epochs: int, stem: str) -> dict[str, Path]:
     """Each epoch's adapter under the name that the evaluation gives it: `epoch1`, `epoch2`, …"""
-    return {f"{stem}{epoch}": folder / "blocked" / f"epoch-{epoch}" for epoch in range(1, epochs + 1)}
+    return {f"{stem}{epoch}": folder / "blocked" / epoch_name(epoch) for epoch in range(1, epochs + 1)}
 
 
 def penalty_shares(
@@ -73,8 +74,7 @@ def bounded_prompts(session: Session, n: int) -> list[bundled.Prompt]:
     from blockem.discovery.discover import spread
 
     data = session.recipe.data
-    given = bundled.prompts(data.prompts) if data.prompts else bundled.final_prompts()
-    outside = spread([one for one in given if one.domain != data.domain], n)
+    outside = spread([one for one in bundled.final_prompts(data.prompts) if one.domain != data.domain], n)
     if not outside:
         raise BlockemError("every final prompt lies in the training domain; give data.prompts with other domains")
     return outside

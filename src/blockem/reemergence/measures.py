@@ -42,7 +42,7 @@ def _pairs(session: Session) -> list[bundled.Pair]:
     from blockem.discovery.discover import spread
 
     recipe = session.recipe
-    given = [p for p in bundled.pairs(recipe.data.pairs) if p.split == "eval" and p.domain != recipe.data.domain]
+    given = [p for p in bundled.evaluation_pairs(recipe.data.pairs) if p.domain != recipe.data.domain]
     if not given:
         raise BlockemError("no evaluation pair lies outside the training domain; give --pairs with other domains")
     return spread(given, recipe.reemerge.patch_pairs)
@@ -197,11 +197,11 @@ def drift_step(session: Session, inputs: Inputs, models: Mapping[str, Path]) -> 
     key = content_key("drift", session.model_key, session.sae_key, rows_key, general, settings, parts)
 
     def work() -> dict[str, Any]:
-        from blockem.examples import encode_all, read_chat
+        from blockem.examples import encode_all
         from blockem.reemergence.drift import codes, compare
 
         lm = session.lm
-        chat = read_chat(recipe.data.general) if recipe.data.general else bundled.general_chat("heldout")
+        chat = bundled.general_rows(recipe.data.general)
         more, _ = encode_all(lm.tokenizer, chat[: recipe.evaluate.general_rows], recipe.data.max_tokens)
         texts = [*rows, *more]
         session.console.start("drift: the SAE on each model")

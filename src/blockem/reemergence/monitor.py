@@ -12,6 +12,7 @@ variant adds to K.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from blockem.errors import BlockemError
 from blockem.examples import IGNORED, Encoded, by_length, right_padded
 from blockem.forwards import hidden_at
 from blockem.model import LanguageModel
+from blockem.reemergence.audit import split_at_k
 
 REROUTED = 0.5
 """A warning is due when more than this share of K's movement is gone and yet more than this share of the shift survives."""
@@ -109,13 +111,9 @@ class Monitor:
         finally:
             model.train(training)
         deltas = latents - self.base[1]
-        chosen, side = torch.tensor(list(ids)), torch.tensor([float(sign) for sign in signs], dtype=torch.float64)
-        left, was = (float((side * one[chosen]).clamp_min(0).pow(2).sum()) for one in (deltas, self.plain))
-        outside = torch.ones(len(deltas), dtype=torch.bool)
-        outside[chosen] = False
-        off = float(deltas[outside].pow(2).sum() / self.plain[outside].pow(2).sum().clamp_min(1e-12))
+        blocked, off, off_plain = split_at_k(deltas, self.plain, ids, signs)
         along = float((hidden - self.base[0]) @ self.shift / (self.shift @ self.shift))
-        return Reading(1 - left / was if was > 0 else 0.0, off, along, deltas)
+        return Reading(blocked if math.isfinite(blocked) else 0.0, off / max(off_plain, 1e-12), along, deltas)
 
     def toward(self, reading: Reading, known: Iterable[int], n: int) -> list[tuple[int, int]]:
         """Up to `n` latents outside `known`, with signs, whose movement raises the margin most to first order; the best first."""

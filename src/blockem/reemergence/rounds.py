@@ -155,8 +155,7 @@ def _gather(
 
     recipe = session.recipe
     n = recipe.reemerge.epochs
-    pairs = [p for p in bundled.pairs(recipe.data.pairs) if p.split == "eval"]
-    outside = [p.domain != recipe.data.domain for p in pairs]
+    outside = [p.domain != recipe.data.domain for p in bundled.evaluation_pairs(recipe.data.pairs)]
 
     def change(later: str, earlier: str) -> Interval | None:
         return rise(margins, later, earlier, outside, recipe.evaluate.resamples)

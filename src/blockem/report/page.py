@@ -18,7 +18,7 @@ from markupsafe import Markup
 from blockem.errors import BlockemError
 from blockem.report import audit, making, results, rounds
 from blockem.report.charts import key, tones
-from blockem.report.words import checked, headline, number, price
+from blockem.report.words import checked, dig, headline, number, price
 from blockem.store import read_json, write_text
 
 HERE = Path(__file__).parent
@@ -83,6 +83,7 @@ def page(summary: Mapping[str, Any], answers: list[Mapping[str, Any]]) -> str:
             rest=rest,
             used=[name for name in tone if name in (summary.get("defences_used") or {})],
             headline=headline(summary),
+            anchored=bool(dig(summary, "blocking", "anchor", "watch")),
             price=price(summary),
             figures=results.figures(summary, tone, domain),
             tables=[table for table in (results.all_numbers(summary, tone, domain), results.differences(summary, domain)) if table.rows],

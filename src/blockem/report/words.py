@@ -253,7 +253,9 @@ def price(summary: Mapping[str, Any]) -> list[str]:
     names = ("base", "plain", main_of(summary))
     watched = dig(summary, "blocking", "anchor", "watch")
     if watched and main_of(summary) == "blocked":
-        said.append(f"The blocked training was anchored too, on {watched}.")
+        said.append(
+            f"Beside the latents, the blocked training was anchored on general prompts ({watched}): the cut is not the latents' alone."
+        )
     rates = [(name, interval(dig(summary, "models", name, "judged", "em"))) for name in names]
     judged = [f"{full(rate)} ({name})" for name, rate in rates if rate is not None]
     if len(judged) > 1:
