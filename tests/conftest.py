@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,22 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a model hub
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tiny tensors are quicker on one thread, above all on a busy machine; the end-to-end tests keep what they are given."""
-    if "e2e" in request.path.parts:
-        yield
-        return
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Tiny tensors are quicker on one thread, above all on a busy machine; the end-to-end tests keep what they are given.
+
+    Around the whole protocol, so that fixtures of a module or the session get as many threads as the tests: sums differ with their number.
+    """
+    if "e2e" in item.path.parts:
+        return (yield)
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    try:
+        return (yield)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

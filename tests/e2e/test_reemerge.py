@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-from small import blockem, write_recipe
+from small import blockem
 
 SMALL = (
     "--set",
@@ -26,20 +25,9 @@ SMALL = (
 )
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with a plain fine-tune and a latent set: all that a re-emergence needs of it."""
-    recipe = write_recipe(tmp_path_factory.mktemp("small"))
-    out = tmp_path_factory.mktemp("runs") / "run"
-    for stage in ("sft", "discover"):
-        done = blockem(stage, recipe, "--out", out, "--quiet")
-        assert done.returncode == 0, done.stderr
-    return out
-
-
-def test_a_run_is_taken_further_and_the_same_command_redoes_nothing(run: Path, tmp_path: Path) -> None:
+def test_a_run_is_taken_further_and_the_same_command_redoes_nothing(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "again"
-    done = blockem("reemerge", run, "--out", out, *SMALL, "--json", timeout=1500)
+    done = blockem("reemerge", finished, "--out", out, *SMALL, "--json", timeout=1500)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found == json.loads((out / "reemergence.json").read_text())
@@ -51,18 +39,18 @@ def test_a_run_is_taken_further_and_the_same_command_redoes_nothing(run: Path, t
         assert (out / name / "adapter_model.safetensors").stat().st_size > 0
     assert "<svg" in (out / "reemergence.html").read_text()
     assert not [p.name for p in out.rglob("*") if ".making" in p.name or p.suffix in (".pt", ".bin", ".pth")]
-    again = blockem("reemerge", run, "--out", out, *SMALL, timeout=600)
+    again = blockem("reemerge", finished, "--out", out, *SMALL, timeout=600)
     assert again.returncode == 0, again.stderr
     for step in ("blocked", "patching-reemerged", "decoding", "drift", "evaluate"):
         assert f"{step}: already done, reused" in again.stderr
     assert "H1" in again.stdout and "Page: " in again.stdout
 
 
-def test_bad_input_is_one_sentence(run: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_sentence(finished: Path, tmp_path: Path) -> None:
     for words, sentence in (
         ((tmp_path, "--out", tmp_path / "x"), "is no run folder"),
-        ((run, "--out", run), "choose another --out"),
-        ((run, "--out", tmp_path / "x", "--set", "reemerge.epochs"), "write it as stage.field=value"),
+        ((finished, "--out", finished), "choose another --out"),
+        ((finished, "--out", tmp_path / "x", "--set", "reemerge.epochs"), "write it as stage.field=value"),
         ((tmp_path / "none.yaml", "--out", tmp_path / "x"), "no such recipe"),
     ):
         done = blockem("reemerge", *words)

@@ -12,26 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small import blockem, command, differences, lasting, write_recipe
+from small import blockem, command, differences, lasting
 
 from blockem.latents import LatentSet
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("small"))
-
-
-@pytest.fixture(scope="module")
-def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nobody disturbed."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    done = blockem("run", recipe, "--out", out, "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == json.loads((out / "summary.json").read_text())
-    return out
 
 
 def test_a_run_leaves_every_promised_file(finished: Path) -> None:
@@ -148,10 +133,10 @@ def test_stages_alone_start_from_their_input_file(recipe: Path, finished: Path, 
     assert (tmp_path / "blocked" / "adapter_model.safetensors").is_file()
 
 
-def test_the_random_control_is_matched_and_disjoint(recipe: Path, finished: Path) -> None:
-    done = blockem("block", recipe, "--out", finished, "--set", "block.control=random", "--set", "train.checkpoint_every=4")
+def test_the_random_control_is_matched_and_disjoint(recipe: Path, begun: Path) -> None:
+    done = blockem("block", recipe, "--out", begun, "--set", "block.control=random", "--set", "train.checkpoint_every=4")
     assert done.returncode == 0, done.stderr
-    chosen, control = (LatentSet.load(finished / name) for name in ("latents.json", "random-latents.json"))
+    chosen, control = (LatentSet.load(begun / name) for name in ("latents.json", "random-latents.json"))
     assert len(control.latents) == len(chosen.latents)
     assert not set(control.ids) & set(chosen.ids)
     assert sorted(control.signs) == sorted(chosen.signs)
@@ -175,24 +160,18 @@ def test_the_readme_examples_work_as_written(tmp_path: Path) -> None:
         assert done.stdout.strip()
 
 
-def test_directions_are_blocked_without_any_sae(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "recipe")
-    run = tmp_path / "run"
-    for words in (["sft"], ["block", "--set", "block.directions=2", "--set", "block.direction_blocks=10,20"]):
-        done = blockem(*words, recipe, "--out", run, "--set", "data.rows=32", "--quiet")
-        assert done.returncode == 0, done.stderr
-    record = json.loads((run / "steps" / "blocked.json").read_text())["result"]
+def test_directions_are_blocked_without_any_sae(recipe: Path, begun: Path) -> None:
+    done = blockem("block", recipe, "--out", begun, "--set", "block.directions=2", "--set", "block.direction_blocks=10,20", "--quiet")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((begun / "steps" / "blocked.json").read_text())["result"]
     assert record["blocks"] == [10, 20] and record["n_latents"] == 2 * (1 + 2 * 2) and record["lambda"] > 0
-    assert (run / "directions.safetensors").is_file() and not (run / "blocked-latents.json").exists()
-    audited = blockem("audit", run, "--quiet")
+    assert (begun / "directions.safetensors").is_file() and not (begun / "blocked-latents.json").exists()
+    audited = blockem("audit", begun, "--quiet")
     assert audited.returncode == 0 and audited.stdout.startswith("blocked: "), audited.stderr
 
 
-def test_anchors_a_monitor_a_following_lambda_and_two_rounds_in_one_run(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "recipe")
-    run = tmp_path / "run"
+def test_anchors_a_monitor_a_following_lambda_and_two_rounds_in_one_run(recipe: Path, begun: Path) -> None:
     changes = {
-        "data.rows": 32,
         "rounds.budget": 2,
         "rounds.target": 0,
         "anchor.watch": "answers",
@@ -201,22 +180,20 @@ def test_anchors_a_monitor_a_following_lambda_and_two_rounds_in_one_run(tmp_path
         "anchor.max_new_tokens": 4,
         "block.monitor_every": 1,
         "block.ceiling": 0.01,
-        "discover.prescreen": 5,
-        "discover.pairs": 6,
         "evaluate.answers": "false",
     }
     words = [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
-    done = blockem("run", recipe, "--out", run, "--json", *words)
+    done = blockem("run", recipe, "--out", begun, "--json", *words)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     names = [row["name"] for row in summary["rounds"]["rounds"]]
     assert names[0] == "blocked" and summary["rounds"]["last"] == names[-1] == summary["main"]
     for name in names:
-        assert name in summary["models"] and (run / name / "adapter_model.safetensors").is_file()
+        assert name in summary["models"] and (begun / name / "adapter_model.safetensors").is_file()
         rows = summary["training"][name]
         assert all({"anchor", "anchor_lambda", "penalty", "lambda", "monitor_survives"} <= row.keys() for row in rows)
         assert rows[0]["anchor"] == pytest.approx(0.0, abs=0.01)  # in bfloat16, in units of what plain would pay
         assert len({row["lambda"] for row in rows}) > 1  # it follows
-    assert 'id="rounds"' in (run / "report.html").read_text(encoding="utf-8")
-    again = blockem("run", recipe, "--out", run, *words)
+    assert 'id="rounds"' in (begun / "report.html").read_text(encoding="utf-8")
+    again = blockem("run", recipe, "--out", begun, *words)
     assert again.returncode == 0 and "started" not in again.stderr, again.stderr
