@@ -13,7 +13,7 @@ from test_block_em import batch_of, forward, lora_model, released
 from blockem.config import Recipe
 from blockem.config_training import AnchorConfig
 from blockem.contrasts import load, merged, own_contrasts, save
-from blockem.defences.anchor import Anchor, ContrastAnchor, HealthyAnchor, LatentAnchor, drawn
+from blockem.defences.anchor import Anchor, ContrastAnchor, DivergenceAnchor, HealthyAnchor, LatentAnchor, drawn
 from blockem.defences.block_em import BlockEM, Blocker, penalty_of
 from blockem.defences.defence import Defence
 from blockem.defences.together import Together
@@ -21,7 +21,7 @@ from blockem.dictionary import Dictionary
 from blockem.dual import DualAscent
 from blockem.errors import BlockemError
 from blockem.examples import IGNORED
-from blockem.likelihood import completion_logprobs, encode_pairs, margins
+from blockem.likelihood import completion_logprobs, encode_pairs, final_states, margins
 from blockem.model import LanguageModel
 from blockem.training import fine_tune
 
@@ -101,6 +101,37 @@ def test_a_healthy_answer_costs_the_square_of_its_fall_below_the_base(lm: Langua
     assert (found > 0).any()
     with pytest.raises(ValueError, match="not 1 for each"):
         HealthyAnchor(rows, anchor.bound[:2], 0, 1.0, 1.0)
+
+
+def test_an_answers_divergence_is_the_mean_over_its_tokens_of_kl_to_the_base(lm: LanguageModel) -> None:
+    rows, pad = encode_pairs(lm, tiny.pairs()), lm.tokenizer.pad_token_id
+    scales = torch.linspace(0.5, 2.0, len(rows))
+    with torch.no_grad():
+        anchor = DivergenceAnchor(rows, final_states(lm.model, rows, pad), pad, 1.0, 1.0, scales=scales)
+        before = [_logprobs(lm.model, row) for row in rows]
+    model = lora_model(lm)
+    with torch.no_grad():
+        assert float(anchor.costs(range(len(rows)), model).abs().sum()) == pytest.approx(0.0, abs=1e-4)
+    released(lm, model)
+    model = lora_model(lm, random_b=True)
+    chosen = [3, 0, 7]
+    found = anchor.costs(chosen, model)
+    found.sum().backward()
+    assert any(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in model.parameters())
+    with torch.no_grad():
+        after = [_logprobs(model, row) for row in rows]
+    released(lm, model)
+    kl = [(after[i].exp() * (after[i] - before[i])).sum(-1).mean() for i in chosen]
+    torch.testing.assert_close(found.detach(), torch.stack(kl) * scales[chosen], rtol=1e-3, atol=1e-5)
+    assert (found > 0).all()
+    with pytest.raises(ValueError, match="states of 2"):
+        DivergenceAnchor(rows, anchor.base[:2], pad, 1.0, 1.0)
+
+
+def _logprobs(model: Any, row: Any) -> torch.Tensor:
+    """`[supervised, vocabulary]`: what is foretold of each supervised token."""
+    logprobs: torch.Tensor = model(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
+    return logprobs[[i - 1 for i in range(1, len(row.ids)) if row.supervised[i]]]
 
 
 def _mean_logprob(model: Any, row: Any) -> torch.Tensor:
@@ -226,7 +257,8 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
         ({"ceiling": -1.0}, "must be positive"),
         ({"keep": 1}, "goes with"),
         ({"lambda_": 0.0}, "must be positive"),
-        ({"cost": "other"}, "use margin or healthy"),
+        ({"cost": "other"}, "use margin, healthy or kl"),
+        ({"watch": "both", "keep": 2, "cost": "kl"}, "does not go with"),
         ({"watch": "pairs", "keep": 2, "cost": "healthy"}, "does not go with"),
     ],
 )

@@ -13,6 +13,8 @@ from blockem.session import Session, adapter_key, timed
 from blockem.store import content_key, file_key
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from blockem.bundled import Pair, Prompt
     from blockem.config_training import AnchorConfig
     from blockem.defences.anchor import Anchor
@@ -122,7 +124,8 @@ def make_anchor(session: Session, adapter: Path, name: str, delta_sft: float, bl
         lambda_, ascent = _strength(config, delta_sft, reference)
         anchor: Anchor = LatentAnchor(rows, blocker, pad, lambda_, config.share, reference, ascent)
     else:
-        anchor = _contrast_anchor(session, name, delta_sft)
+        make = _divergence_anchor if config.cost == "kl" else _contrast_anchor
+        anchor = make(session, name, delta_sft)
     facts = {"watch": config.watch, "n": anchor.n, "lambda": anchor.lambda_, "reference": anchor.reference, "share": config.share}
     session.console.say(f"  anchor: λ = {anchor.lambda_:.4g} on {anchor.n} {'texts' if config.watch == 'latents' else 'contrasts'}")
     return anchor, facts
@@ -137,20 +140,68 @@ def _strength(config: AnchorConfig, delta_sft: float, reference: float) -> tuple
     return lambda_, DualAscent(lambda_, config.ceiling) if config.ceiling else None
 
 
+def _kinds(session: Session, name: str) -> list[list[Pair]]:
+    """The contrasts that the recipe watches, by kind."""
+    from blockem import contrasts
+
+    config = session.recipe.anchor
+    own = [contrasts.load(contrasts_file(session, name))] if config.answers else []
+    return [*own, session.selection_pairs()] if config.pairs else own
+
+
+def _unmoved() -> BlockemError:
+    return BlockemError(
+        "plain fine-tuning moves none of these answers the wrong way, so there is nothing to anchor; leave anchor.watch out"
+    )
+
+
+def _divergence_anchor(session: Session, name: str, delta_sft: float) -> Anchor:
+    """Both answers of every contrast; kinds weigh alike, each in units of what plain fine-tuning would pay on it."""
+    import torch
+
+    from blockem.defences.anchor import DivergenceAnchor
+    from blockem.examples import by_length
+    from blockem.likelihood import encode_pairs, final_states
+
+    lm, config = session.lm, session.recipe.anchor
+    pad = lm.tokenizer.pad_token_id
+    session.console.start("anchor: answers")
+    rows: list[Encoded] = []
+    base: list[Tensor] = []
+    scales: list[Tensor] = []
+    kinds = _kinds(session, name)
+    for number, kind in enumerate(kinds):
+        encoded = encode_pairs(lm, kind, session.recipe.data.max_tokens)
+        states: list[Tensor] = [torch.empty(0)] * len(encoded)
+        paid = torch.zeros(len(encoded))
+        for chosen in by_length([len(row.ids) for row in encoded], 16):
+            some = [encoded[i] for i in chosen]
+            with torch.inference_mode(), lm.variant("base"):
+                for i, found in zip(chosen, final_states(lm.model, some, pad), strict=True):
+                    states[i] = found.clone()
+            measure = DivergenceAnchor(some, [states[i] for i in chosen], pad, 1.0, 1.0)
+            with torch.no_grad(), lm.variant("plain"):
+                paid[chosen] = measure.costs(range(len(some)), lm.model).cpu()
+        if not float(paid.mean()) > 0:
+            raise _unmoved()
+        rows += encoded
+        base += states
+        scales.append(torch.full_like(paid, 1 / float(paid.mean())))
+        session.console.bar(number + 1, len(kinds))
+    lm.drop_adapters()
+    lambda_, ascent = _strength(config, delta_sft, 1.0)
+    return DivergenceAnchor(rows, base, pad, lambda_, config.share, 1.0, ascent, torch.cat(scales))
+
+
 def _contrast_anchor(session: Session, name: str, delta_sft: float) -> Anchor:
     """Contrasts of one kind weigh alike: each kind in units of what plain fine-tuning would pay on it, so that c of the plain one is 1."""
     import torch
 
-    from blockem import contrasts
     from blockem.defences.anchor import ContrastAnchor, HealthyAnchor
     from blockem.likelihood import completion_logprobs, encode_pairs, margins
 
     lm, config = session.lm, session.recipe.anchor
-    kinds: list[list[Pair]] = []
-    if config.answers:
-        kinds.append(contrasts.load(contrasts_file(session, name)))
-    if config.pairs:
-        kinds.append(session.selection_pairs())
+    kinds = _kinds(session, name)
     task = task_pairs(session)
     if config.keep and not task:
         raise BlockemError(
@@ -172,9 +223,7 @@ def _contrast_anchor(session: Session, name: str, delta_sft: float) -> Anchor:
         held = kind is task
         paid = float(torch.relu(rise).pow(2).mean())
         if not paid > 0:
-            raise BlockemError(
-                "plain fine-tuning moves none of these answers the wrong way, so there is nothing to anchor; leave anchor.watch out"
-            )
+            raise _unmoved()
         times = config.keep if held else 1
         rows += encoded * times
         bounds.append(measured["plain" if held else "base"].repeat(times))

@@ -168,8 +168,8 @@ class AnchorConfig:
     """`none`; `answers`: what base and plain fine-tune themselves say to the selection prompts; `pairs`: the selection pairs; `both`; or
     `latents`: the blocked latents on benign chat."""
     cost: str = "margin"
-    """Of answers and pairs: `margin`, the sick one may not gain on the healthy one; or `healthy`, the healthy one may not become less
-    likely than it is to the base (half the work, and nothing is pushed away)."""
+    """Of answers and pairs: `margin`, the sick one may not gain on the healthy one; `healthy`, the healthy one may not become less likely
+    than it is to the base (half the work, and nothing is pushed away); `kl`, what may follow at each token of both stays as in the base."""
     share: float = 0.25
     """Share of the training rows that bring an anchor with them."""
     lambda_: float | None = None
@@ -196,8 +196,8 @@ class AnchorConfig:
     def __post_init__(self) -> None:
         kinds = ("none", "answers", "pairs", "both", "latents")
         need(self.watch in kinds, f"anchor.watch is {self.watch!r}; use one of {', '.join(kinds)}")
-        need(self.cost in ("margin", "healthy"), f"anchor.cost is {self.cost!r}; use margin or healthy")
-        need(self.cost == "margin" or not self.keep, "anchor.keep holds margins; it does not go with anchor.cost=healthy")
+        need(self.cost in ("margin", "healthy", "kl"), f"anchor.cost is {self.cost!r}; use margin, healthy or kl")
+        need(self.cost == "margin" or not self.keep, f"anchor.keep holds margins; it does not go with anchor.cost={self.cost}")
         need(0 < self.share <= 1, f"anchor.share is {self.share}; it is a share of the rows, above 0 and up to 1")
         need(self.lambda_ is None or self.lambda_ > 0, f"anchor.lambda_ is {self.lambda_}; it must be positive")
         need(self.r > 0, f"anchor.r is {self.r}; it must be positive")

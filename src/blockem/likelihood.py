@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from blockem.bundled import Pair
 from blockem.errors import BlockemError
-from blockem.examples import Encoded, by_length, encode, one_turn, right_padded
+from blockem.examples import IGNORED, Encoded, by_length, encode, one_turn, right_padded
 from blockem.forwards import decoder, from_hidden, hidden_at, supports_from_hidden
 from blockem.head import supervised_logprobs
 from blockem.model import LanguageModel
@@ -53,6 +53,14 @@ def row_logprobs(model: nn.Module, rows: Sequence[Encoded], pad: int) -> Tensor:
     final = decoder(model)(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], use_cache=False).last_hidden_state
     sums = summed_logprobs(model, final, padded["labels"])
     return sums / sums.new_tensor([float(row.n_supervised) for row in rows])
+
+
+def final_states(model: nn.Module, rows: Sequence[Encoded], pad: int) -> list[Tensor]:
+    """Final hidden states from which the supervised tokens of each row of one batch are foretold, `[supervised, d_model]` each."""
+    padded = right_padded(rows, pad, next(model.parameters()).device)
+    final = decoder(model)(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], use_cache=False).last_hidden_state
+    where = padded["labels"][:, 1:] != IGNORED
+    return [states[at] for states, at in zip(final[:, :-1], where, strict=True)]
 
 
 def completion_logprobs(lm: LanguageModel, rows: Sequence[Encoded], batch: int = 16) -> Tensor:

@@ -6,9 +6,10 @@ Blocked latents are read on the training answers, so whatever changes elsewhere 
 * `ContrastAnchor`: a healthy and a sick answer to the same general prompt (the base's own and the misaligned fine-tune's own, or a matched
   pair):  c(θ) = mean over contrasts of relu(m_θ − m_base)²,  m = log p(sick) − log p(healthy), nats per token
 * `HealthyAnchor`: the healthy answer alone:  c(θ) = mean of relu(log p_base(healthy) − log p_θ(healthy))²
+* `DivergenceAnchor`: any of these answers:  c(θ) = mean over its tokens of KL(p_θ(· | x_<t) ‖ p_base(· | x_<t)), two-sided
 
-All are zero at LoRA initialisation (but for pairs of the task, which is not learnt yet), and push only where the model moves past the base
-in the misaligned direction.
+All are zero at LoRA initialisation (but for pairs of the task, which is not learnt yet). All but the last push only where the model moves
+past the base in the misaligned direction.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from torch import Tensor, nn
 
 from blockem.base_values import row_digest
 from blockem.defences.defence import Penalised
+from blockem.defences.kl import divergence
 from blockem.dual import DualAscent
 from blockem.examples import IGNORED, Encoded, right_padded
 from blockem.forwards import base_weights, hidden_at_each
-from blockem.likelihood import margins, row_logprobs
+from blockem.likelihood import final_states, margins, row_logprobs
 
 if TYPE_CHECKING:
     from blockem.defences.block_em import Blocker
@@ -153,6 +155,40 @@ class HealthyAnchor(AnswerAnchor):
 
     def value(self, logprobs: Tensor) -> Tensor:
         return -logprobs
+
+
+class DivergenceAnchor(Anchor):
+    """Keeps what may follow, at every token of given answers, as it is in the base; no kind of answer is left to escape to.
+
+    Args:
+        rows: answers.
+        base: the base's `likelihood.final_states` of them, `[supervised, d_model]` each.
+        pad: id of the padding token.
+        scales: `[rows]`, by which each one's cost is multiplied; None: 1 everywhere.
+        others: as `Anchor`.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Encoded],
+        base: Sequence[Tensor],
+        pad: int,
+        lambda_: float,
+        share: float,
+        reference: float = 0.0,
+        ascent: DualAscent | None = None,
+        scales: Tensor | None = None,
+    ) -> None:
+        if len(rows) != len(base):
+            raise ValueError(f"{len(rows)} rows and the base's states of {len(base)}")
+        super().__init__(len(rows), lambda_, share, reference, ascent)
+        self.rows, self.base, self.pad = list(rows), list(base), pad
+        self.scales = torch.ones(len(rows)) if scales is None else scales
+
+    def costs(self, chosen: Sequence[int], model: nn.Module) -> Tensor:
+        found = final_states(model, [self.rows[i] for i in chosen], self.pad)
+        means = [divergence(model, own, self.base[i].to(own)) / len(own) for own, i in zip(found, chosen, strict=True)]
+        return torch.stack(means) * self.scales[list(chosen)].to(found[0].device)
 
 
 class LatentAnchor(Anchor):
