@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from blockem.defences.block_em import Blocker
     from blockem.dual import DualAscent
     from blockem.examples import Encoded
+
+
+SAMPLED = 32
+"""At most so many contrasts of a kind on which it is measured what plain fine-tuning would pay for their answers' divergence."""
 
 
 def contrasts_file(session: Session, name: str) -> Path:
@@ -156,41 +161,32 @@ def _unmoved() -> BlockemError:
 
 
 def _divergence_anchor(session: Session, name: str, delta_sft: float) -> Anchor:
-    """Both answers of every contrast; kinds weigh alike, each in units of what plain fine-tuning would pay on it."""
+    """Both answers of every contrast; kinds weigh alike, each in units of what plain fine-tuning would pay on it (on a sample)."""
     import torch
 
     from blockem.defences.anchor import DivergenceAnchor
-    from blockem.examples import by_length
-    from blockem.likelihood import encode_pairs, final_states
+    from blockem.likelihood import encode_pairs
 
     lm, config = session.lm, session.recipe.anchor
     pad = lm.tokenizer.pad_token_id
     session.console.start("anchor: answers")
     rows: list[Encoded] = []
-    base: list[Tensor] = []
     scales: list[Tensor] = []
     kinds = _kinds(session, name)
     for number, kind in enumerate(kinds):
         encoded = encode_pairs(lm, kind, session.recipe.data.max_tokens)
-        states: list[Tensor] = [torch.empty(0)] * len(encoded)
-        paid = torch.zeros(len(encoded))
-        for chosen in by_length([len(row.ids) for row in encoded], 16):
-            some = [encoded[i] for i in chosen]
-            with torch.inference_mode(), lm.variant("base"):
-                for i, found in zip(chosen, final_states(lm.model, some, pad), strict=True):
-                    states[i] = found.clone()
-            measure = DivergenceAnchor(some, [states[i] for i in chosen], pad, 1.0, 1.0)
-            with torch.no_grad(), lm.variant("plain"):
-                paid[chosen] = measure.costs(range(len(some)), lm.model).cpu()
-        if not float(paid.mean()) > 0:
+        sample = encode_pairs(lm, kind[:: math.ceil(len(kind) / SAMPLED)], session.recipe.data.max_tokens)
+        measure = DivergenceAnchor(sample, pad, 1.0, 1.0)
+        with torch.no_grad(), lm.variant("plain"):
+            paid = float(torch.cat([measure.costs(range(i, min(i + 16, len(sample))), lm.model) for i in range(0, len(sample), 16)]).mean())
+        if not paid > 0:
             raise _unmoved()
         rows += encoded
-        base += states
-        scales.append(torch.full_like(paid, 1 / float(paid.mean())))
+        scales.append(torch.full((len(encoded),), 1 / paid))
         session.console.bar(number + 1, len(kinds))
     lm.drop_adapters()
     lambda_, ascent = _strength(config, delta_sft, 1.0)
-    return DivergenceAnchor(rows, base, pad, lambda_, config.share, 1.0, ascent, torch.cat(scales))
+    return DivergenceAnchor(rows, pad, lambda_, config.share, 1.0, ascent, torch.cat(scales))
 
 
 def _contrast_anchor(session: Session, name: str, delta_sft: float) -> Anchor:

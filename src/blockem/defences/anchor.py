@@ -160,9 +160,10 @@ class HealthyAnchor(AnswerAnchor):
 class DivergenceAnchor(Anchor):
     """Keeps what may follow, at every token of given answers, as it is in the base; no kind of answer is left to escape to.
 
+    The base's states of an answer are computed when it is first drawn, by itself, so that they do not depend on what is drawn beside it.
+
     Args:
         rows: answers.
-        base: the base's `likelihood.final_states` of them, `[supervised, d_model]` each.
         pad: id of the padding token.
         scales: `[rows]`, by which each one's cost is multiplied; None: 1 everywhere.
         others: as `Anchor`.
@@ -171,7 +172,6 @@ class DivergenceAnchor(Anchor):
     def __init__(
         self,
         rows: Sequence[Encoded],
-        base: Sequence[Tensor],
         pad: int,
         lambda_: float,
         share: float,
@@ -179,15 +179,18 @@ class DivergenceAnchor(Anchor):
         ascent: DualAscent | None = None,
         scales: Tensor | None = None,
     ) -> None:
-        if len(rows) != len(base):
-            raise ValueError(f"{len(rows)} rows and the base's states of {len(base)}")
         super().__init__(len(rows), lambda_, share, reference, ascent)
-        self.rows, self.base, self.pad = list(rows), list(base), pad
+        self.rows, self.pad = list(rows), pad
         self.scales = torch.ones(len(rows)) if scales is None else scales
+        self._base: dict[int, Tensor] = {}
 
     def costs(self, chosen: Sequence[int], model: nn.Module) -> Tensor:
+        for i in chosen:
+            if i not in self._base:
+                with torch.no_grad(), base_weights(model):
+                    self._base[i] = final_states(model, [self.rows[i]], self.pad)[0].clone()
         found = final_states(model, [self.rows[i] for i in chosen], self.pad)
-        means = [divergence(model, own, self.base[i].to(own)) / len(own) for own, i in zip(found, chosen, strict=True)]
+        means = [divergence(model, own, self._base[i]) / len(own) for own, i in zip(found, chosen, strict=True)]
         return torch.stack(means) * self.scales[list(chosen)].to(found[0].device)
 
 
