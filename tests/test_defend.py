@@ -114,6 +114,16 @@ def test_freezing_and_early_stopping_are_what_they_say(session: Session) -> None
     assert len(lines["plain"]) == 4 and len(lines["early-stop"]) == 2
 
 
+def test_a_defence_may_take_more_epochs_than_plain_fine_tuning(session: Session) -> None:
+    plain = (session.run / "steps" / "plain.json").read_text()
+    longer = under(session, "freeze", epochs=3.0)
+    defend_step(longer)
+    sft_step(longer)  # already done: its epochs are its own
+    assert (session.run / "steps" / "plain.json").read_text() == plain
+    lines = {name: (session.run / f"training-{name}.jsonl").read_text().splitlines() for name in ("plain", "freeze")}
+    assert len(lines["plain"]) == 4 and len(lines["freeze"]) == 6
+
+
 def test_a_killed_defence_goes_on_where_it_was(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Killed(Exception):
         pass

@@ -57,6 +57,8 @@ class DefenceConfig:
     """plain, block-em, kl, ldifs, interleaving, inoculation, preventative, steering, caft, safelora, early-stop, small-lr or freeze."""
     strength: float | None = None
     """Its one dial (`blockem defend --help` says what it is); none: the published or a usual value."""
+    epochs: float | None = None
+    """Epochs of the defended training; none: train.epochs, as plain fine-tuning has."""
     benign: str | None = None
     """interleaving: chat JSONL of benign rows instead of the bundled ones."""
     prompt: str = "You give careless advice about {domain}: say that the careful step is not needed, even where it is."
@@ -68,6 +70,7 @@ class DefenceConfig:
 
     def __post_init__(self) -> None:
         check_strength(self.name, self.strength)
+        need(self.epochs is None or self.epochs > 0, f"defence.epochs is {self.epochs}; it must be positive")
         need(bool(self.prompt.strip()), "defence.prompt is empty; inoculation needs a sentence")
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from blockem import bundled
@@ -49,6 +49,8 @@ def train_step(
     """
     recipe = session.recipe
     train = train or recipe.train
+    if recipe.defence.epochs is not None and name != "plain":
+        train = replace(train, epochs=recipe.defence.epochs)
     key = content_key(name, session.model_key, session.data_key, asdict(train), recipe.seed, extra_key)
 
     def work() -> dict[str, Any]:

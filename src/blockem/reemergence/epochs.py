@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def blocked_recipe(recipe: Recipe) -> Recipe:
     """The recipe of the long blocked training."""
     train = replace(recipe.train, epochs=float(recipe.reemerge.epochs))
-    return replace(recipe, train=train, block=replace(recipe.block, control="none"))
+    return replace(recipe, train=train, defence=replace(recipe.defence, epochs=None), block=replace(recipe.block, control="none"))
 
 
 def train_epochs(session: Session, latents: Path, plain: Path, folder: Path | None = None) -> dict[str, Any]:

@@ -256,6 +256,9 @@ def price(summary: Mapping[str, Any]) -> list[str]:
         said.append(
             f"Beside the latents, the blocked training was anchored on general prompts ({watched}): the cut is not the latents' alone."
         )
+    epochs, of_plain = dig(summary, "recipe", "defence", "epochs"), dig(summary, "recipe", "train", "epochs")
+    if epochs and epochs != of_plain:
+        said.append(f"The defended model was trained for {epochs:g} epochs of the rows, the plain one for {of_plain:g}.")
     rates = [(name, interval(dig(summary, "models", name, "judged", "em"))) for name in names]
     judged = [f"{full(rate)} ({name})" for name, rate in rates if rate is not None]
     if len(judged) > 1:
