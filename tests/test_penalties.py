@@ -11,10 +11,11 @@ import tiny
 import torch
 
 from blockem.defences.defence import Defence
-from blockem.defences.kl import KL, divergence
+from blockem.defences.kl import KL
 from blockem.defences.ldifs import LDIFS, distance, watched_blocks
 from blockem.examples import IGNORED, right_padded
 from blockem.forwards import decoder, unwrapped
+from blockem.head import divergence
 from blockem.model import LanguageModel
 from blockem.training import add_lora, fine_tune
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from blockem.base_values import row_digest
 from blockem.defences.defence import Penalised
-from blockem.defences.kl import divergence
 from blockem.dual import DualAscent
 from blockem.examples import IGNORED, Encoded, right_padded
 from blockem.forwards import base_weights, hidden_at_each
+from blockem.head import divergence
 from blockem.likelihood import final_states, margins, row_logprobs
 
 if TYPE_CHECKING:
