@@ -94,7 +94,7 @@ def test_the_divergence_does_not_depend_on_the_slices(model: Any, monkeypatch: p
     hidden, base = torch.randn(2, 11, tiny.D_MODEL)
     found = {}
     for chunk in (256, 4):
-        monkeypatch.setattr("blockem.defences.kl.CHUNK", chunk)
+        monkeypatch.setattr("blockem.head.CHUNK", chunk)
         own = hidden.clone().requires_grad_()
         value = divergence(model, own, base)
         (2 * value).backward()
