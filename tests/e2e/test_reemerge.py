@@ -25,9 +25,9 @@ SMALL = (
 )
 
 
-def test_a_run_is_taken_further_and_the_same_command_redoes_nothing(finished: Path, tmp_path: Path) -> None:
+def test_a_run_is_taken_further_and_the_same_command_redoes_nothing(begun: Path, tmp_path: Path) -> None:
     out = tmp_path / "again"
-    done = blockem("reemerge", finished, "--out", out, *SMALL, "--json", timeout=1500)
+    done = blockem("reemerge", begun, "--out", out, *SMALL, "--json", timeout=1500)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found == json.loads((out / "reemergence.json").read_text())
@@ -39,7 +39,7 @@ def test_a_run_is_taken_further_and_the_same_command_redoes_nothing(finished: Pa
         assert (out / name / "adapter_model.safetensors").stat().st_size > 0
     assert "<svg" in (out / "reemergence.html").read_text()
     assert not [p.name for p in out.rglob("*") if ".making" in p.name or p.suffix in (".pt", ".bin", ".pth")]
-    again = blockem("reemerge", finished, "--out", out, *SMALL, timeout=600)
+    again = blockem("reemerge", begun, "--out", out, *SMALL, timeout=600)
     assert again.returncode == 0, again.stderr
     for step in ("blocked", "patching-reemerged", "decoding", "drift", "evaluate"):
         assert f"{step}: already done, reused" in again.stderr

@@ -172,6 +172,7 @@ def test_directions_are_blocked_without_any_sae(recipe: Path, begun: Path) -> No
 
 def test_anchors_a_monitor_a_following_lambda_and_two_rounds_in_one_run(recipe: Path, begun: Path) -> None:
     changes = {
+        "data.rows": 32,
         "rounds.budget": 2,
         "rounds.target": 0,
         "anchor.watch": "answers",
@@ -180,6 +181,8 @@ def test_anchors_a_monitor_a_following_lambda_and_two_rounds_in_one_run(recipe: 
         "anchor.max_new_tokens": 4,
         "block.monitor_every": 1,
         "block.ceiling": 0.01,
+        "discover.prescreen": 5,
+        "discover.pairs": 6,
         "evaluate.answers": "false",
     }
     words = [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
