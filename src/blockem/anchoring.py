@@ -175,7 +175,8 @@ def _divergence_anchor(session: Session, name: str, delta_sft: float) -> Anchor:
     kinds = _kinds(session, name)
     for number, kind in enumerate(kinds):
         encoded = encode_pairs(lm, kind, session.recipe.data.max_tokens)
-        sample = encode_pairs(lm, kind[:: math.ceil(len(kind) / SAMPLED)], session.recipe.data.max_tokens)
+        chosen = range(0, len(kind), math.ceil(len(kind) / SAMPLED))
+        sample = [row for i in chosen for row in encoded[2 * i : 2 * i + 2]]
         measure = DivergenceAnchor(sample, pad, 1.0, 1.0)
         with torch.no_grad(), lm.variant("plain"):
             paid = float(torch.cat([measure.costs(range(i, min(i + 16, len(sample))), lm.model) for i in range(0, len(sample), 16)]).mean())

@@ -47,20 +47,23 @@ def summed_logprobs(model: nn.Module, final: Tensor, labels: Tensor) -> Tensor:
     return picked.new_zeros(len(labels)).index_add(0, rows, picked)
 
 
+def _final(model: nn.Module, rows: Sequence[Encoded], pad: int) -> tuple[Tensor, Tensor]:
+    """Final hidden states `[rows, tokens, d_model]` and labels `[rows, tokens]` of one batch, padded on the right."""
+    padded = right_padded(rows, pad, next(model.parameters()).device)
+    output = decoder(model)(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], use_cache=False)
+    return output.last_hidden_state, padded["labels"]
+
+
 def row_logprobs(model: nn.Module, rows: Sequence[Encoded], pad: int) -> Tensor:
     """Mean log-probability per supervised token of the rows of one batch, `[rows]`, float32, nats, with gradient."""
-    padded = right_padded(rows, pad, next(model.parameters()).device)
-    final = decoder(model)(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], use_cache=False).last_hidden_state
-    sums = summed_logprobs(model, final, padded["labels"])
+    sums = summed_logprobs(model, *_final(model, rows, pad))
     return sums / sums.new_tensor([float(row.n_supervised) for row in rows])
 
 
 def final_states(model: nn.Module, rows: Sequence[Encoded], pad: int) -> list[Tensor]:
     """Final hidden states from which the supervised tokens of each row of one batch are foretold, `[supervised, d_model]` each."""
-    padded = right_padded(rows, pad, next(model.parameters()).device)
-    final = decoder(model)(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], use_cache=False).last_hidden_state
-    where = padded["labels"][:, 1:] != IGNORED
-    return [states[at] for states, at in zip(final[:, :-1], where, strict=True)]
+    final, labels = _final(model, rows, pad)
+    return [states[at] for states, at in zip(final[:, :-1], labels[:, 1:] != IGNORED, strict=True)]
 
 
 def completion_logprobs(lm: LanguageModel, rows: Sequence[Encoded], batch: int = 16) -> Tensor:
