@@ -10,8 +10,9 @@ from blockem.bundled import Pair, pairs
 from blockem.dictionary import load_dictionary
 from blockem.examples import IGNORED, by_length, right_padded
 from blockem.forwards import hidden_at
-from blockem.likelihood import SteeredRows, encode_pairs, margins
+from blockem.likelihood import encode_pairs, margins
 from blockem.model import LanguageModel, load_model
+from blockem.steered_rows import SteeredRows
 from blockem.steering import add_at_block
 
 BLOCK, PAIRS, STRENGTH = 18, 20, 8.0

@@ -29,8 +29,9 @@ from blockem.discovery.rank import rank
 from blockem.discovery.screen import Candidate, screen
 from blockem.errors import BlockemError
 from blockem.judges import Verdict
-from blockem.likelihood import SteeredRows, encode_pairs
+from blockem.likelihood import encode_pairs
 from blockem.model import LanguageModel
+from blockem.steered_rows import SteeredRows
 
 PAIRS = 40
 

@@ -150,29 +150,40 @@ class Seen:
         return self.model, found
 
 
-def hidden_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, block: int) -> Tensor:
+def hidden_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, block: int, positions: Tensor | None = None) -> Tensor:
     """The output of `block`, `[rows, tokens, d_model]`, running no block after it and no output head."""
-    return hidden_at_each(model, input_ids, attention_mask, [block])[block]
+    return hidden_at_each(model, input_ids, attention_mask, [block], positions)[block]
 
 
-def hidden_at_each(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
-    """The outputs of several blocks, `[rows, tokens, d_model]` each, in one forward that stops after the highest of them."""
+def hidden_at_each(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, wanted: Sequence[int], positions: Tensor | None = None
+) -> dict[int, Tensor]:
+    """The outputs of several blocks, `[rows, tokens, d_model]` each, in one forward that stops after the highest of them.
+
+    Args:
+        positions: `[rows, tokens]`; None: in order.
+    """
     listed = blocks(model)
     with ExitStack() as stack:
         seen = {block: stack.enter_context(capture(listed[block])) for block in sorted(set(wanted))}
         stack.enter_context(only_blocks(model, 0, max(wanted) + 1))
-        decoder(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        decoder(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **placed(positions))
     return {block: outputs[0] for block, outputs in seen.items()}
 
 
-def from_hidden(model: nn.Module, hidden: Tensor, attention_mask: Tensor, block: int) -> Tensor:
+def placed(positions: Tensor | None) -> dict[str, Tensor]:
+    """Arguments of a forward whose tokens stand at `positions [rows, tokens]`; None: in order."""
+    return {} if positions is None else {"position_ids": positions}
+
+
+def from_hidden(model: nn.Module, hidden: Tensor, attention_mask: Tensor, block: int, positions: Tensor | None = None) -> Tensor:
     """The final normed hidden states, computed from the output of `block` by the blocks after it alone.
 
     Exact for architectures that feed `inputs_embeds` straight to their blocks (`supports_from_hidden` tells).
     """
     total = len(blocks(model))
     with only_blocks(model, block + 1, total):
-        output = decoder(model)(inputs_embeds=hidden, attention_mask=attention_mask, use_cache=False)
+        output = decoder(model)(inputs_embeds=hidden, attention_mask=attention_mask, use_cache=False, **placed(positions))
     found: Tensor = output.last_hidden_state
     return found
 

@@ -1,13 +1,11 @@
 """Log-probabilities of given completions: held-out loss, and the preference between a right and a wrong answer.
 
-Nothing is generated. Logits are computed at supervised positions only, and a pass that starts at a block reuses the hidden states
-of everything below it.
+Nothing is generated, and logits are computed at supervised positions only. `steered_rows` scores the same rows under many edits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,30 +13,9 @@ from torch import Tensor, nn
 from blockem.bundled import Pair
 from blockem.errors import BlockemError
 from blockem.examples import IGNORED, Encoded, by_length, encode, one_turn, right_padded
-from blockem.forwards import decoder, from_hidden, hidden_at, supports_from_hidden
+from blockem.forwards import decoder
 from blockem.head import supervised_logprobs
 from blockem.model import LanguageModel
-from blockem.steering import add_at_block
-
-STACK = 64
-"""Rows of one forward when several edits run at once (docs/DECISIONS.md, "Edits stacked as rows")."""
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """A batch whose hidden states at a block are kept, so that only the blocks above need to run again.
-
-    Attributes:
-        chunk: which chunk of rows it belongs to.
-        order: which rows these are.
-        batch: the padded batch.
-        hidden: `[rows, tokens, d_model]` at the block, or None where the architecture does not allow it.
-    """
-
-    chunk: int
-    order: list[int]
-    batch: dict[str, Tensor]
-    hidden: Tensor | None
 
 
 def summed_logprobs(model: nn.Module, final: Tensor, labels: Tensor) -> Tensor:
@@ -89,72 +66,6 @@ def losses_under(lm: LanguageModel, rows: Sequence[Encoded], variants: Sequence[
             loss, tokens = completion_losses(lm, rows)
             found[variant] = float(loss.sum() / tokens.sum())
     return found
-
-
-class SteeredRows:
-    """The same rows scored again and again under edits at one block, each time running only the blocks above it.
-
-    Args:
-        batch: rows of one prefix.
-        chunks: half-open ranges of rows that can be scored alone; no prefix crosses their borders. One chunk if none is given.
-        stack: rows of one forward: prefixes smaller than that are run with several edits at once.
-    """
-
-    def __init__(
-        self,
-        lm: LanguageModel,
-        rows: Sequence[Encoded],
-        block: int,
-        variant: str,
-        batch: int = 32,
-        chunks: Sequence[tuple[int, int]] = (),
-        stack: int = STACK,
-    ) -> None:
-        self.lm, self.rows, self.block, self.variant, self.stack = lm, rows, block, variant, stack
-        self.chunks = tuple(chunks) or ((0, len(rows)),)
-        self.tokens = torch.tensor([row.n_supervised for row in rows])
-        shortcut = supports_from_hidden(lm, block)
-        self.prefixes: list[Prefix] = []
-        with torch.inference_mode(), lm.variant(variant):
-            for number, (start, stop) in enumerate(self.chunks):
-                for places in by_length([len(row.ids) for row in rows[start:stop]], batch):
-                    chosen = [start + place for place in places]
-                    padded = right_padded([rows[i] for i in chosen], lm.tokenizer.pad_token_id, lm.device)
-                    hidden = hidden_at(lm.model, padded["input_ids"], padded["attention_mask"], block) if shortcut else None
-                    self.prefixes.append(Prefix(number, chosen, padded, hidden))
-
-    def logprobs(self, vector: Tensor | None = None) -> Tensor:
-        """Mean log-probability per supervised token, `[rows]`, with `vector [d_model]` added at the block."""
-        edit = torch.zeros(self.lm.d_model) if vector is None else vector
-        return self.logprobs_many(edit[None])[0]
-
-    def logprobs_many(self, vectors: Tensor, chunk: int | None = None) -> Tensor:
-        """The same under each of `vectors [edits, d_model]`: `[edits, rows]`, of all rows or of one chunk's."""
-        found = torch.zeros(len(vectors), len(self.rows))
-        with torch.inference_mode(), self.lm.variant(self.variant):
-            for prefix in self.prefixes:
-                if chunk not in (None, prefix.chunk):
-                    continue
-                at_once = max(1, self.stack // len(prefix.order))
-                for start in range(0, len(vectors), at_once):
-                    some = vectors[start : start + at_once]
-                    found[start : start + at_once, prefix.order] = self._scored(prefix, some).cpu()
-        found = found / self.tokens
-        return found if chunk is None else found[:, slice(*self.chunks[chunk])]
-
-    def _scored(self, prefix: Prefix, vectors: Tensor) -> Tensor:
-        """Summed log-probabilities `[edits, rows]` of one prefix, every edit a copy of its rows."""
-        model, copies = self.lm.model, len(vectors)
-        mask = prefix.batch["attention_mask"].repeat(copies, 1)
-        labels = prefix.batch["labels"].repeat(copies, 1)
-        if prefix.hidden is not None:
-            moved = prefix.hidden + vectors[:, None, None].to(prefix.hidden.device, prefix.hidden.dtype)
-            final = from_hidden(model, moved.flatten(0, 1), mask, self.block)
-        else:
-            with add_at_block(model, self.block, vectors.repeat_interleave(len(prefix.order), dim=0)):
-                ids = prefix.batch["input_ids"].repeat(copies, 1)
-                final = decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return summed_logprobs(model, final, labels).view(copies, -1)
 
 
 def encode_pairs(lm: LanguageModel, pairs: Sequence[Pair], max_tokens: int = 512) -> list[Encoded]:

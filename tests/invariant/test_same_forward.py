@@ -12,15 +12,16 @@ import tiny
 import torch
 from torch.nn.functional import log_softmax
 
-from blockem import likelihood
+from blockem import steered_rows
 from blockem.defences.block_em import BlockEM, Blocker
 from blockem.dictionary import Dictionary
-from blockem.examples import right_padded
+from blockem.examples import Encoded, right_padded
 from blockem.forwards import blocks, capture, decoder, from_hidden, hidden_at, only_blocks, supports_from_hidden
 from blockem.generation import generate
-from blockem.head import watch_final
-from blockem.likelihood import SteeredRows, completion_logprobs
+from blockem.head import supervised_logprobs, watch_final
+from blockem.likelihood import completion_logprobs, encode_pairs
 from blockem.model import LanguageModel
+from blockem.steered_rows import SteeredRows, prompt_length
 from blockem.steering import add_at_block
 
 
@@ -78,7 +79,7 @@ def test_steered_rows_equal_a_full_forward_under_the_edit(
 ) -> None:
     lm, rows = misaligned, tiny.encoded(misaligned)
     if not shortcut:
-        monkeypatch.setattr(likelihood, "supports_from_hidden", lambda *_: False)
+        monkeypatch.setattr(steered_rows, "supports_from_hidden", lambda *_: False)
     side = SteeredRows(lm, rows, tiny.BLOCK, variant, batch=3)
     assert all((prefix.hidden is not None) == shortcut for prefix in side.prefixes)
     with lm.variant(variant):
@@ -89,6 +90,50 @@ def test_steered_rows_equal_a_full_forward_under_the_edit(
         found = side.logprobs(vector)
         assert torch.allclose(found, expected, atol=1e-5)
         assert not torch.allclose(found, side.logprobs(), atol=1e-2)
+
+
+@pytest.mark.parametrize("shortcut", [True, False])
+def test_answers_that_share_a_row_equal_others(misaligned: LanguageModel, monkeypatch: pytest.MonkeyPatch, shortcut: bool) -> None:
+    rows = encode_pairs(misaligned, tiny.pairs())
+    rows.append(rows[0])  # pairs of unlike lengths, and an answer on its own
+    if not shortcut:
+        monkeypatch.setattr(steered_rows, "supports_from_hidden", lambda *_: False)
+    together = SteeredRows(misaligned, rows, tiny.BLOCK, "plain", batch=5)
+    monkeypatch.setattr(steered_rows, "supports_sharing", lambda *_: False)
+    apart = SteeredRows(misaligned, rows, tiny.BLOCK, "plain", batch=5)
+    assert [len(prefix.order) for prefix in apart.prefixes] == [5, 5, 3] and max(len(one.order) for one in together.prefixes) == 6
+    tokens = [sum(prefix.batch.ids.numel() for prefix in side.prefixes) for side in (together, apart)]
+    assert tokens[0] < tokens[1]
+    vectors = edits(3)
+    assert torch.allclose(together.logprobs_many(vectors), apart.logprobs_many(vectors), atol=1e-5)
+
+
+def test_no_answer_sees_another_one(misaligned: LanguageModel) -> None:
+    first, second = encode_pairs(misaligned, tiny.pairs()[:1])
+    start = prompt_length(first)
+    assert first.ids[:start] == second.ids[:start] and not any(first.supervised[:start])
+    tokens = list(second.ids)
+    tokens[start + 1] ^= 1
+    other = Encoded(tuple(tokens), second.supervised)
+    for place in (0, 1):
+        before, after = ([first, one] if place == 0 else [one, first] for one in (second, other))
+        seen = [SteeredRows(misaligned, rows, tiny.BLOCK, "base").logprobs() for rows in (before, after)]
+        assert seen[0][place] == seen[1][place] and seen[0][1 - place] != seen[1][1 - place]
+
+
+def test_an_attention_without_a_mask_of_its_own_scores_answers_apart(misaligned: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = steered_rows._final
+
+    def refuses(lm: LanguageModel, batch: steered_rows.SharedBatch) -> torch.Tensor:
+        if batch.positions is not None:
+            raise ValueError("no mask of four dimensions here")
+        return real(lm, batch)
+
+    rows = encode_pairs(misaligned, tiny.pairs())
+    expected = SteeredRows(misaligned, rows, tiny.BLOCK, "base").logprobs()
+    monkeypatch.setattr(steered_rows, "_final", refuses)
+    assert torch.allclose(SteeredRows(misaligned, rows, tiny.BLOCK, "base").logprobs(), expected, atol=1e-5)
+    assert not steered_rows.supports_sharing(misaligned)
 
 
 def test_a_batch_of_edits_equals_one_edit_at_a_time(lm: LanguageModel) -> None:
@@ -226,7 +271,7 @@ def test_other_architectures_read_steer_and_score_like_their_own_forward(lm: Lan
         for block in range(3):
             assert torch.allclose(hidden_at(model, ids, mask, block), out.hidden_states[block + 1], atol=1e-5)
         final = decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        picked, _ = likelihood.supervised_logprobs(model, final, labels)
+        picked, _ = supervised_logprobs(model, final, labels)
         where = labels[:, 1:] != -100
         expected = log_softmax(out.logits[:, :-1][where].float(), dim=-1).gather(1, labels[:, 1:][where][:, None])[:, 0]
         assert torch.allclose(picked, expected, atol=1e-4), "log-probabilities differ from the model's own logits"

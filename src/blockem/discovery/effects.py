@@ -21,8 +21,9 @@ from blockem.bundled import Pair, Prompt
 from blockem.discovery.attribution import pair_gradients
 from blockem.generation import generate
 from blockem.judges import Judge, shares
-from blockem.likelihood import SteeredRows, encode_pairs, margins
+from blockem.likelihood import encode_pairs, margins
 from blockem.model import LanguageModel
+from blockem.steered_rows import SteeredRows
 
 
 @dataclass(frozen=True)
