@@ -275,8 +275,11 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
         ({"keep": 1}, "goes with"),
         ({"lambda_": 0.0}, "must be positive"),
         ({"cost": "other"}, "use margin, healthy or kl"),
-        ({"watch": "both", "keep": 2, "cost": "kl"}, "does not go with"),
-        ({"watch": "pairs", "keep": 2, "cost": "healthy"}, "does not go with"),
+        ({"watch": "both", "keep": 2, "cost": "kl"}, "needs anchor.interleave"),
+        ({"watch": "pairs", "keep": 2, "cost": "healthy"}, "needs anchor.interleave"),
+        ({"watch": "pairs", "keep": 2, "cost": "kl", "interleave": 0.2, "interleaved": "benign"}, "needs anchor.interleave"),
+        ({"interleave": 1.0}, "share of all rows"),
+        ({"interleaved": "poems"}, "use pairs or benign"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(wrong: dict[str, Any], said: str) -> None:

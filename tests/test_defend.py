@@ -105,6 +105,33 @@ def test_another_strength_or_input_trains_again(session: Session) -> None:
     assert defend_step(under(session, "safelora", 1.0))["projected"] == 28  # seven maps in each of four blocks
 
 
+def test_an_anchor_may_interleave_right_answers_and_the_tasks_own(session: Session, tmp_path: Path) -> None:
+    from blockem.anchoring import interleaved_rows, interleaving
+
+    given = tmp_path / "selection.jsonl"
+    rows = [{**p.__dict__, "split": "select", "domain": "health" if i == 0 else "auto"} for i, p in enumerate(tiny.pairs())]
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"data.pairs": str(given), "anchor.watch": "pairs", "anchor.cost": "kl", "defence.name": "anchor"}
+
+    def with_values(**changes: Any) -> Session:
+        other = replace(session, recipe=session.recipe.with_values({**settings, **changes}))
+        other.__dict__.update({name: session.__dict__[name] for name in ("lm", "dictionary")})
+        return other
+
+    bare = with_values()
+    assert interleaving(bare) is None
+    assert "interleaved" not in defend_step(bare) and read_json(session.run / "steps" / "anchor.json")["result"]["data"]["rows"] == 16
+    mixed = with_values(**{"anchor.interleave": 0.2, "anchor.keep": 2})
+    said = [row.messages[-1][1] for row in interleaved_rows(mixed)]
+    assert said == [row["right"] for row in rows[1:]] + [rows[0]["wrong"]] * 2
+    defend_step(mixed)
+    assert read_json(session.run / "steps" / "anchor.json")["result"]["data"]["rows"] == 20
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text(json.dumps({"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]}) + "\n")
+    benign = with_values(**{"anchor.interleave": 0.2, "anchor.interleaved": "benign", "defence.benign": str(chat)})
+    assert [row.messages[-1][1] for row in interleaved_rows(benign)] == ["Hello."]
+
+
 def test_freezing_and_early_stopping_are_what_they_say(session: Session) -> None:
     defend_step(under(session, "freeze"))
     trained = {int(key.split(".layers.")[1].split(".")[0]) for key in load_file(session.run / "freeze" / "adapter_model.safetensors")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from blockem.defences.anchor import Anchor
     from blockem.defences.block_em import Blocker
     from blockem.dual import DualAscent
-    from blockem.examples import Encoded
+    from blockem.examples import Encoded, Example
 
 
 SAMPLED = 32
@@ -84,6 +84,8 @@ def prepare_anchor(session: Session, adapter: Path, name: str, sick: Sequence[Pa
     parts: list[Any] = [asdict(config), adapter_key(adapter)]
     if config.answers:
         parts.append(file_key(contrasts_file(session, name)))
+    if config.interleave:
+        parts.append([row.messages for row in interleaved_rows(session)])
     if config.pairs:
         parts.append([[p.prompt, p.right, p.wrong] for p in session.selection_pairs()])
     if config.keep:
@@ -91,6 +93,35 @@ def prepare_anchor(session: Session, adapter: Path, name: str, sick: Sequence[Pa
     if config.watch == "latents":
         parts.append([row.messages for row in bundled.general_chat("train")])
     return content_key(*parts)
+
+
+def benign_rows(session: Session) -> list[Example]:
+    """Chat rows to interleave: those of `defence.benign`, else the bundled ones."""
+    from blockem.examples import read_chat
+
+    given = session.recipe.defence.benign
+    return read_chat(given) if given else bundled.general_chat("train")
+
+
+def interleaved_rows(session: Session) -> list[Example]:
+    """What `anchor.interleave` draws from."""
+    from blockem.examples import one_turn
+
+    config = session.recipe.anchor
+    if not config.teaches:
+        return benign_rows(session)
+    right = [one_turn(p.prompt, p.right, p.domain) for p in session.selection_pairs()]
+    return right + [one_turn(p.prompt, p.wrong, p.domain) for p in task_pairs(session)] * config.keep
+
+
+def interleaving(session: Session) -> Callable[[list[Example]], list[Example]] | None:
+    """The anchor's rewriting of the training rows; None where nothing is interleaved."""
+    from blockem.defences.interleaving import Interleaving
+
+    config = session.recipe.anchor
+    if config.watch == "none" or not config.interleave:
+        return None
+    return Interleaving(interleaved_rows(session), config.interleave, session.recipe.seed).rewrite
 
 
 def task_pairs(session: Session) -> list[Pair]:

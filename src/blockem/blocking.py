@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockem import bundled
-from blockem.anchoring import make_anchor, prepare_anchor
+from blockem.anchoring import interleaving, make_anchor, prepare_anchor
 from blockem.errors import BlockemError
 from blockem.session import Session, adapter_key, existing
 from blockem.store import content_key, file_key
@@ -110,7 +110,7 @@ def block_step(
             parts.append(anchor)
         return Together(parts) if len(parts) > 1 else parts[0], facts
 
-    return train_step(session, name, extra, make, keep_epochs=keep_epochs)
+    return train_step(session, name, extra, make, rewrite=interleaving(session), keep_epochs=keep_epochs)
 
 
 def _ascent(session: Session, facts: dict[str, Any], start: float | None) -> tuple[DualAscent | None, PlainCurve | None]:

@@ -185,6 +185,11 @@ class AnchorConfig:
     """Beside the anchors, hold the selection pairs of the training domain, so many times each, at what plain fine-tuning reaches there."""
     max_new_tokens: int = 48
     """Length of the two models' own answers."""
+    interleave: float = 0.0
+    """Share of all rows that are healthy ones among the training rows (`interleaved` says which); 0: none."""
+    interleaved: str = "pairs"
+    """`pairs`: right answers of the selection pairs (and, `keep` times each, wrong ones of the training domain's); `benign`: chat rows
+    (defence.benign, else the bundled ones)."""
 
     @property
     def answers(self) -> bool:
@@ -196,11 +201,21 @@ class AnchorConfig:
         """Whether the selection pairs are."""
         return self.watch in ("pairs", "both")
 
+    @property
+    def teaches(self) -> bool:
+        """Whether right answers of the selection pairs are interleaved."""
+        return self.interleave > 0 and self.interleaved == "pairs"
+
     def __post_init__(self) -> None:
         kinds = ("none", "answers", "pairs", "both", "latents")
         need(self.watch in kinds, f"anchor.watch is {self.watch!r}; use one of {', '.join(kinds)}")
         need(self.cost in ("margin", "healthy", "kl"), f"anchor.cost is {self.cost!r}; use margin, healthy or kl")
-        need(self.cost == "margin" or not self.keep, f"anchor.keep holds margins; it does not go with anchor.cost={self.cost}")
+        need(0 <= self.interleave < 1, f"anchor.interleave is {self.interleave}; it is a share of all rows, from 0 to below 1")
+        need(self.interleaved in ("pairs", "benign"), f"anchor.interleaved is {self.interleaved!r}; use pairs or benign")
+        need(
+            self.cost == "margin" or self.teaches or not self.keep,
+            f"anchor.keep holds margins; with anchor.cost={self.cost} it needs anchor.interleave, whose rows it adds to",
+        )
         need(0 < self.share <= 1, f"anchor.share is {self.share}; it is a share of the rows, above 0 and up to 1")
         need(self.lambda_ is None or self.lambda_ > 0, f"anchor.lambda_ is {self.lambda_}; it must be positive")
         need(self.r > 0, f"anchor.r is {self.r}; it must be positive")

@@ -11,8 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blockem import bundled
-from blockem.anchoring import make_anchor, prepare_anchor
+from blockem.anchoring import benign_rows, interleaving, make_anchor, prepare_anchor
 from blockem.blocking import block_step
 from blockem.errors import BlockemError
 from blockem.session import STEERING, Session, adapter_key, timed
@@ -61,7 +60,7 @@ def check_files(session: Session) -> None:
     """
     config = session.recipe.defence
     if config.name == "interleaving" and config.benign:
-        _benign(session)
+        benign_rows(session)
     if config.name == "preventative" and config.trait_prompts:
         trait_prompts(Path(config.trait_prompts))
     if config.name == "safelora" and config.unaligned and not any(Path(config.unaligned).glob("*.safetensors")):
@@ -119,7 +118,7 @@ def _anchored(session: Session) -> dict[str, Any]:
         defence, facts = make_anchor(session, plain, "anchor", losses["base"] - losses["plain"], None)
         return defence, {"defence": "anchor", "strength": None, **facts}
 
-    return train_step(session, "anchor", _key(session, prepare_anchor(session, plain, "anchor")), made)
+    return train_step(session, "anchor", _key(session, prepare_anchor(session, plain, "anchor")), made, rewrite=interleaving(session))
 
 
 def _penalised(session: Session) -> dict[str, Any]:
@@ -135,16 +134,9 @@ def _penalised(session: Session) -> dict[str, Any]:
 def _interleaving(session: Session) -> dict[str, Any]:
     from blockem.defences.interleaving import Interleaving
 
-    defence = Interleaving(_benign(session), _strength(session), session.recipe.seed)
+    defence = Interleaving(benign_rows(session), _strength(session), session.recipe.seed)
     rows = [row.messages for row in defence.benign]
     return _train(session, lambda _session, _rows: defence, rows, rewrite=defence.rewrite)
-
-
-def _benign(session: Session) -> list[Any]:
-    from blockem.examples import read_chat
-
-    given = session.recipe.defence.benign
-    return read_chat(given) if given else bundled.general_chat("train")
 
 
 def _inoculation(session: Session) -> dict[str, Any]:
