@@ -134,15 +134,7 @@ def discover(
         return PreferenceEffect(lm, some_pairs, block, chunks=_chunks(config, len(chosen_pairs)))
 
     effects = {name: effect_by(name) for name in dict.fromkeys(config.effects)}
-    stages = _halving if config.halving else _exhaustive
-    kept, chosen, facts = stages(effects, directions, norm, tested, config, log, key, bar)
-    room = (config.keep - len(kept)) // config.group if config.group else 0
-    if room and (groups := groups_of(tested, kept, config.group)):
-        for_groups = replace(config, keep=room, size=room, error=0.0, group=0)
-        members, units, facts["groups"] = _grouped(stages, effects, directions, norm, groups, for_groups, log, key, bar)
-        chosen = best_of_both(kept, groups, config.size)
-        kept = kept + members
-        facts["units"] += units
+    kept, chosen, facts = screen_and_rank(effects, directions, norm, tested, config, log, key, bar)
     passed = len(kept) + sum("weaker" in one.fate for one in tested)
     counts |= {"screened": len(tested), "passed": passed, "swept": len(kept), "chosen": len(chosen)}
     counts["fates"] = dict(Counter(without_number(one.fate) for one in candidates))
@@ -163,6 +155,29 @@ def discover(
 
 def _chunks(config: DiscoverConfig, n: int) -> Chunks:
     return looks(config.rungs, n) if config.halving else ((0, n),)
+
+
+def screen_and_rank(
+    effects: dict[str, ItemEffect],
+    directions: dict[int, Tensor],
+    norm: float,
+    tested: list[Candidate],
+    config: DiscoverConfig,
+    log: Path | None,
+    key: str,
+    bar: Callable[[str, int, int], None],
+) -> tuple[list[Candidate], list[Candidate], dict[str, Any]]:
+    """Stages 2 and 3, of single latents and then of groups: (who went on from stage 2, the chosen, facts for the counts)."""
+    stages = _halving if config.halving else _exhaustive
+    kept, chosen, facts = stages(effects, directions, norm, tested, config, log, key, bar)
+    room = (config.keep - len(kept)) // config.group if config.group else 0
+    groups = groups_of(tested, kept, config.group) if room else []
+    if not groups:
+        return kept, chosen, facts
+    for_groups = replace(config, keep=room, size=room, error=0.0, group=0)
+    members, units, facts["groups"] = _grouped(stages, effects, directions, norm, groups, for_groups, log, key, bar)
+    facts["units"] += units
+    return kept + members, best_of_both(kept, groups, config.size), facts
 
 
 def _exhaustive(
