@@ -191,7 +191,10 @@ def discover(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Find the latents that carry misalignment (stages 1 to 3); writes OUT/latents.json and OUT/latents.csv."""
+    """Find the latents that carry misalignment (stages 1 to 3); writes OUT/latents.json and OUT/latents.csv.
+
+    With --set discover.group=N, where fewer than discover.keep latents pass alone, those that failed are tested in groups of N.
+    """
     from blockem.pipeline import discover_step, sae_step
     from blockem.session import adapter_key
 

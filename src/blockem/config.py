@@ -123,11 +123,17 @@ class DiscoverConfig:
     """With halving: pairs (or prompts) after which it looks whom to drop; the last look is always all of them."""
     stop_incoherent: bool = True
     """With halving: take incoherence to grow with strength, and measure none beyond one that is outside the budget."""
+    group: int = 0
+    """Where fewer than `keep` pass alone, test those that failed in groups of so many (0: never; with halving on all pairs)."""
 
     @property
     def effects(self) -> tuple[str, str]:
         """What stage 2 and stage 3 measure."""
         return self.effect, self.effect if self.rank_effect == "same" else self.rank_effect
+
+    def values(self) -> dict[str, Any]:
+        """The fields for keys and provenance; without groups their field is left out, so that older results keep their keys."""
+        return {name: value for name, value in asdict(self).items() if name != "group" or value}
 
     def __post_init__(self) -> None:
         need(self.tokens in ("prompt", "answer"), f"discover.tokens is {self.tokens!r}; use prompt or answer")
@@ -144,6 +150,11 @@ class DiscoverConfig:
         need(0 <= self.error < 1, f"discover.error is {self.error}; it is a probability, from 0 to below 1")
         need(all(n >= 2 for n in self.rungs), "discover.rungs must be numbers of pairs, at least 2 each")
         need(0 <= self.budget <= 1, f"discover.budget is {self.budget}; it is a share between 0 and 1")
+        need(self.group == 0 or self.group >= 2, f"discover.group is {self.group}; use 0 for none, or at least 2 latents a group")
+        need(
+            self.group <= min(self.keep, self.size),
+            f"discover.group is {self.group}; a group goes on whole, so use at most discover.keep and discover.size",
+        )
 
 
 @dataclass(frozen=True)

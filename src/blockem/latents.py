@@ -19,6 +19,8 @@ FORMAT = 1
 class Latent:
     """One causal latent. `sign` is +1 when misalignment raises it (K+) and −1 when it lowers it (K−).
 
+    Of a latent that was found in a group (`discover.group`), gains and strengths are those of the group's one edit.
+
     Attributes:
         delta: Δ_k, mean activation in the misaligned model minus in the base.
         induce: gain in misalignment when the base is steered by +α s d.

@@ -104,7 +104,7 @@ def cell_key(session: Session, cell: Cell, out: Path) -> str:
     files = [file_key(Path(path)) for path in (data.heldout, data.prompts, data.selection_prompts, data.pairs, data.general) if path]
     latents = out / "cells" / (cell.latents_of or "") / "latents.json"
     source = file_key(latents) if cell.latents_of and latents.is_file() else cell.latents_of
-    recipe = session.recipe.to_dict()
+    recipe = {**session.recipe.to_dict(), "discover": session.recipe.discover.values()}
     return content_key("cell", version("blockem"), recipe, session.model_key, session.sae_key, session.data_key, files, source)
 
 

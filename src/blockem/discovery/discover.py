@@ -7,7 +7,7 @@ import io
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from blockem.discovery.attribution import attributions, margin_gradient
 from blockem.discovery.bounds import looks
 from blockem.discovery.delta import Means, answer_spans, deltas, mean_activations, pool, prompt_spans
 from blockem.discovery.effects import Chunks, ItemEffect, JudgedEffect, PreferenceEffect, Steered
+from blockem.discovery.groups import Group, best_of_both, groups_of, without_number
 from blockem.discovery.halving import rank_halving, screen_halving
 from blockem.discovery.ledger import Ledger, unsteered
 from blockem.discovery.rank import rank
@@ -31,9 +32,10 @@ from blockem.judges import Judge
 from blockem.latents import Latent, LatentSet
 from blockem.model import LanguageModel
 from blockem.steering import median_norm
-from blockem.store import write_text
+from blockem.store import content_key, write_text
 
 Dealt = TypeVar("Dealt", Pair, Prompt)
+Stages = Callable[..., tuple[list[Candidate], list[Candidate], dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ def discover(
 ) -> Discovery:
     """Find the latents of `block` that carry misalignment.
 
+    With `config.group`, where fewer than `config.keep` latents pass stage 2, groups of those that failed are tested like single ones
+    (groups.py); stages 2 and 3 of groups follow those of single latents.
+
     Args:
         lm: the base model with the misaligned adapter loaded under the name "plain".
         pairs: selection pairs, training domain left out.
@@ -129,28 +134,50 @@ def discover(
         return PreferenceEffect(lm, some_pairs, block, chunks=_chunks(config, len(chosen_pairs)))
 
     effects = {name: effect_by(name) for name in dict.fromkeys(config.effects)}
-    stages = _halving if config.halving else _exhaustive
-    kept, chosen, facts = stages(effects, directions, norm, tested, config, log, key, bar)
+    kept, chosen, facts = screen_and_rank(effects, directions, norm, tested, config, log, key, bar)
     passed = len(kept) + sum("weaker" in one.fate for one in tested)
     counts |= {"screened": len(tested), "passed": passed, "swept": len(kept), "chosen": len(chosen)}
-    counts["fates"] = dict(Counter(one.fate for one in candidates))
+    counts["fates"] = dict(Counter(without_number(one.fate) for one in candidates))
     counts |= facts
     if not chosen:
         raise BlockemError(
             f"no latent both induces and repairs ({counts['fates']}); try more discover.pool or discover.pairs, "
-            "another sae.block, or a stronger fine-tune"
+            f"{'' if config.group else 'groups of latents (discover.group=2), '}another sae.block, or a stronger fine-tune"
         )
     latents = tuple(
         Latent(one.latent, one.sign, one.delta, one.best_induce, one.best_repair, one.best_induce_alpha, one.best_repair_alpha, one.score)
         for one in chosen
     )
-    provenance = {"stage": "discover", "config": asdict(config), "pairs": len(chosen_pairs), "prompts": len(prompts)}
+    provenance = {"stage": "discover", "config": config.values(), "pairs": len(chosen_pairs), "prompts": len(prompts)}
     found = LatentSet(lm.id, lm.revision, dictionary.id, dictionary.digest, block, latents, norm, provenance)
     return Discovery(found, candidates, delta, means["base"].frequency, counts)
 
 
 def _chunks(config: DiscoverConfig, n: int) -> Chunks:
     return looks(config.rungs, n) if config.halving else ((0, n),)
+
+
+def screen_and_rank(
+    effects: dict[str, ItemEffect],
+    directions: dict[int, Tensor],
+    norm: float,
+    tested: list[Candidate],
+    config: DiscoverConfig,
+    log: Path | None,
+    key: str,
+    bar: Callable[[str, int, int], None],
+) -> tuple[list[Candidate], list[Candidate], dict[str, Any]]:
+    """Stages 2 and 3, of single latents and then of groups: (who went on from stage 2, the chosen, facts for the counts)."""
+    stages = _halving if config.halving else _exhaustive
+    kept, chosen, facts = stages(effects, directions, norm, tested, config, log, key, bar)
+    room = (config.keep - len(kept)) // config.group if config.group else 0
+    groups = groups_of(tested, kept, config.group) if room else []
+    if not groups:
+        return kept, chosen, facts
+    for_groups = replace(config, keep=room, size=room, error=0.0, group=0)
+    members, units, facts["groups"] = _grouped(stages, effects, directions, norm, groups, for_groups, log, key, bar)
+    facts["units"] += units
+    return kept + members, best_of_both(kept, groups, config.size), facts
 
 
 def _exhaustive(
@@ -216,6 +243,41 @@ def _halving(
     return kept, chosen, {"units": sum(one.units for one in by.values()), "unsteered": resting}
 
 
+def _grouped(
+    stages: Stages,
+    effects: dict[str, ItemEffect],
+    directions: dict[int, Tensor],
+    norm: float,
+    groups: list[Group],
+    config: DiscoverConfig,
+    log: Path | None,
+    key: str,
+    bar: Callable[[str, int, int], None],
+) -> tuple[list[Candidate], int, dict[str, int]]:
+    """Stages 2 and 3 on groups: (members that went on from stage 2, best group first; units measured; counts).
+
+    `config` is that of the groups: its `keep` says how many whole ones there is room for, and error 0 that with halving none is dropped
+    but on what is certain. Measurements have a key over the members of all groups, with a group's number for a latent.
+    """
+    units, size = [group.unit for group in groups], len(groups[0].members)
+    members = content_key([[(one.latent, one.sign) for one in group.members] for group in groups])
+    kept, _, facts = stages(
+        effects,
+        {group.unit.latent: group.direction(directions) for group in groups},
+        norm,
+        units,
+        config,
+        log,
+        f"{key}-groups-{members}",
+        lambda what, done, total: bar(f"{what}, groups of {size}", done, total),
+    )
+    for group in groups:
+        group.tell()
+    went_on = [one for unit in kept for one in groups[unit.latent - 1].members]
+    passed = len(kept) + sum("weaker" in unit.fate for unit in units)
+    return went_on, facts["units"], {"size": size, "tested": len(groups), "passed": passed}
+
+
 def _candidates(delta: Tensor, base: Means, a_side: int) -> list[Candidate]:
     raised, lowered = pool(delta, a_side)
     signed = [(k, 1) for k in raised] + [(k, -1) for k in lowered]
@@ -240,16 +302,20 @@ def _prescreen(
 
 
 def candidates_csv(candidates: Sequence[Candidate]) -> str:
-    """`latents.csv`: one row a candidate with every figure and its fate, best first."""
+    """`latents.csv`: one row a candidate with every figure and its fate, best first.
+
+    The column `group` (empty for none) is there where groups were tested.
+    """
     order = sorted(
         candidates, key=lambda one: (one.rank or 1_000_000, -(one.screen_score if one.screen_score == one.screen_score else -1e9))
     )
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    names = [one.name for one in fields(Candidate)]
+    grouped = any(one.group for one in candidates)
+    names = [one.name for one in fields(Candidate) if grouped or one.name != "group"]
     writer.writerow(names)
     for one in order:
-        values = [getattr(one, name) for name in names]
+        values = ["" if name == "group" and not one.group else getattr(one, name) for name in names]
         writer.writerow(["" if isinstance(v, float) and v != v else f"{v:.6g}" if isinstance(v, float) else v for v in values])
     return text.getvalue()
 

@@ -15,7 +15,10 @@ from blockem.discovery.effects import Steered
 
 @dataclass
 class Candidate:
-    """One latent on its way through the stages; `fate` says where it ended and why, `pairs` on how many pairs its figures stand."""
+    """One latent on its way through the stages; `fate` says where it ended and why, `pairs` on how many pairs its figures stand.
+
+    `group` is the number of the group that it was tested in (0: none); its stage 2 figures are its own all the same.
+    """
 
     latent: int
     sign: int
@@ -38,6 +41,7 @@ class Candidate:
     score: float = math.nan
     rank: int = 0
     pairs: int = 0
+    group: int = 0
     fate: str = "candidate"
 
 
