@@ -38,7 +38,9 @@ def block_step(
 ) -> dict[str, Any]:
     """Fine-tune again with the latents blocked; under `block.control: random`, with matched random ones; or with directions blocked.
 
-    With `sae.more` the sets of all its blocks are blocked together, with one λ, and `latents_file` is that of `sae.block`. The adapter goes to `blocked` (or `random`). The portable λ and directions need the misaligned adapter, to see what it gained and would
+    With `sae.more` the sets of all its blocks are blocked together, with one λ; `latents_file` is that of `sae.block`.
+
+    The adapter goes to `blocked` (or `random`). The portable λ and directions need the misaligned adapter, to see what it gained and would
     pay, and how it moves the stream. With `keep_epochs` the adapter of each epoch stays in
     `blocked/epoch-1`, … A later round has a `name` of its own, and anchors also against what the blocked models before it (`sick`) say.
     """

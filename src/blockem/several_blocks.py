@@ -74,7 +74,7 @@ def discover_each(session: Session, key: Callable[[Session], str], discover: Cal
             try:
                 return discover(here)
             except NoLatents as error:
-                for name in DISCOVERED:  # of another recipe
+                for name in (*DISCOVERED, "steps/discover.json"):  # of another recipe
                     (here.run / name).unlink(missing_ok=True)
                 found = {"why": str(error)}
                 write_json(here.run / "steps" / f"{NONE}.json", {"step": NONE, "key": wanted, "outputs": [], "result": found})
