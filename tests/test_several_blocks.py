@@ -215,7 +215,7 @@ def test_a_block_without_a_set_is_left_out(session: Session, empty: int, left: i
     if left == LATER:
         evaluate_step(session)
         assert "at block 2" in audit_step(session)["verdicts"]["blocked"]
-        assert "blocking 4 latents at block 2" in report_step(session).read_text(encoding="utf-8")
+        assert "4 latents at block 2" in report_step(session).read_text(encoding="utf-8")
         watched = replace(session, recipe=session.recipe.with_values({"block.monitor_every": 2}))
         with pytest.raises(BlockemError, match=r"watches block 1, where no latent passed; set block\.monitor_every=0"):
             block_step(watched)
