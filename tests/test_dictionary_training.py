@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from blockem.dictionary import activations, load_dictionary, measure_fit
-from blockem.dictionary_training import SaeTraining, _unscale, train_dictionary
+from blockem.dictionary_training import SaeTraining, _unscale, train_dictionaries, train_dictionary
 from blockem.errors import BlockemError
 from blockem.examples import one_turn
 from blockem.model import LanguageModel
@@ -44,6 +44,30 @@ def test_training_writes_a_folder_that_loads_and_explains_the_model(lm: Language
     assert card["settings"]["architecture"] == architecture
     assert card["held_out"]["variance_explained"] == pytest.approx(fit.variance_explained)
     assert [path.name for path in tmp_path.iterdir()] == ["sae"]
+
+
+def test_one_pass_over_the_data_trains_the_same_as_one_a_block(lm: LanguageModel, tmp_path: Path) -> None:
+    settings = SaeTraining(2, 64, 8, epochs=2, lr=1e-2, batch=256)
+    together = train_dictionaries(lm, TEXTS, {1: tmp_path / "one", 2: tmp_path / "two"}, settings)
+    alone, fit = train_dictionary(lm, TEXTS, settings, tmp_path / "alone")
+    assert (together[1][0].block, together[2][0].block) == (1, 2)
+    assert together[2] == (together[2][0], fit) and together[2][0].digest == alone.digest != together[1][0].digest
+
+
+def test_the_command_makes_a_folder_a_block(tiny_folder: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from blockem.sae_cli import sae_app
+
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"messages": one.chat()}) + "\n" for one in TEXTS))
+    words = ["train", "--data", str(data), "--model", str(tiny_folder), "--latents", "64", "--k", "8", "--batch", "256", "--epochs", "1"]
+    words += ["--quiet", "--json", "--out", str(tmp_path / "sae"), "--block", "1"]
+    done = CliRunner().invoke(sae_app, [*words, "--block", "3"])
+    assert done.exit_code == 0 and set(json.loads(done.stdout)) == {"1", "3"}
+    assert [load_dictionary(str(tmp_path / "sae" / f"block-{block}")).block for block in (1, 3)] == [1, 3]
+    twice = CliRunner().invoke(sae_app, [*words, "--block", "1"])
+    assert isinstance(twice.exception, BlockemError) and "names a block twice (1, 1)" in str(twice.exception)
 
 
 @pytest.mark.parametrize("architecture", ["topk", "jumprelu"])

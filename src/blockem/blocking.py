@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,12 @@ from blockem import bundled
 from blockem.anchoring import interleaving, make_anchor, prepare_anchor
 from blockem.errors import BlockemError
 from blockem.session import Session, adapter_key, existing
+from blockem.several_blocks import at_block, block_folder, set_files
 from blockem.store import content_key, file_key
 from blockem.trainings import train_step
 
 if TYPE_CHECKING:
+    from blockem.config import SaeConfig
     from blockem.defences.block_em import Blocker
     from blockem.defences.defence import Defence
     from blockem.defences.watchdog import Watchdog
@@ -36,6 +38,8 @@ def block_step(
 ) -> dict[str, Any]:
     """Fine-tune again with the latents blocked; under `block.control: random`, with matched random ones; or with directions blocked.
 
+    With `sae.more` the sets of all its blocks are blocked together, with one λ; `latents_file` is that of `sae.block`.
+
     The adapter goes to `blocked` (or `random`). The portable λ and directions need the misaligned adapter, to see what it gained and would
     pay, and how it moves the stream. With `keep_epochs` the adapter of each epoch stays in
     `blocked/epoch-1`, … A later round has a `name` of its own, and anchors also against what the blocked models before it (`sick`) say.
@@ -47,21 +51,20 @@ def block_step(
     name = name or ("random" if config.control == "random" else "blocked")
     by_rule = config.lambda_ is None
     adapter = misaligned or session.run / "plain"
-    path = latents_file or session.run / "latents.json"
-    latents = None if config.directions else LatentSet.load(path)
-    deltas_file = session.run / "deltas.safetensors"
-    if name == "random" and not deltas_file.is_file():
-        raise BlockemError(
-            f"{deltas_file}: no such file; the matched control needs the activation frequencies that `blockem discover` writes"
-        )
+    files = {} if config.directions else _set_files(session, latents_file)
+    sets = {block: LatentSet.load(path) for block, path in files.items()}
+    if recipe.sae.more and (wrong := [(block, one.block) for block, one in sets.items() if one.block != block]):
+        raise BlockemError(f"{files[wrong[0][0]]} is a set of block {wrong[0][1]}, not of block {wrong[0][0]}; give that of sae.block")
+    if config.monitor_every and recipe.sae.block not in files:
+        raise BlockemError(f"block.monitor_every watches block {recipe.sae.block}, where no latent passed; set block.monitor_every=0")
+    parts = [_set_parts(session, sae, files.get(sae.block), name == "random") for sae in recipe.sae.each]
     extra = content_key(
-        "" if latents is None else file_key(path),
-        "" if latents is None else session.sae_key,
+        *parts[0][:2],
         asdict(config),
-        adapter_key(adapter) if by_rule or latents is None else "",
-        file_key(deltas_file) if name == "random" else "",
-        file_key(existing(str(session.run / "latents.csv"))) if config.select != "causal" else "",
+        adapter_key(adapter) if by_rule or config.directions else "",
+        *parts[0][2:],
         prepare_anchor(session, adapter, name, sick),
+        *parts[1:],
     )
 
     def make(session: Session, rows: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
@@ -74,10 +77,10 @@ def block_step(
         lm.drop_adapters()
         if (adapter / "adapter_model.safetensors").is_file():
             lm.add_adapter(adapter, "plain")
-        if latents is None:
+        if config.directions:
             blocker, what = _direction_blocker(session, sample)
         else:
-            blocker, what = _latent_blocker(session, latents, name, deltas_file)
+            blocker, what = _latent_blocker(session, sets, name)
         blocker.two_sided, blocker.tokens = config.two_sided, config.tokens
         facts: dict[str, Any] = {
             "lambda": config.lambda_,
@@ -89,6 +92,8 @@ def block_step(
             "n_latents": len(blocker.signs),
             "blocks": blocker.blocks,
         }
+        if recipe.sae.more:
+            facts["n_by_block"] = {str(watch.block): len(watch.signs) for watch in blocker.watches}
         losses: dict[str, float] = {}
         if "plain" in getattr(lm.model, "peft_config", {}):
             losses = losses_under(lm, sample, ("base", "plain"))
@@ -101,14 +106,14 @@ def block_step(
             facts["base_values_seconds"] = _keep_base_values(session, name, blocker, rows)
         session.console.say(f"  λ = {facts['lambda']:.4g} ({facts['rule']}), {what}")
         ascent, curve = _ascent(session, facts, losses.get("base"))
-        parts: list[Defence] = [BlockEM(blocker, facts["lambda"], config.freeze_downstream, facts["p_mis"], ascent, curve)]
+        used: list[Defence] = [BlockEM(blocker, facts["lambda"], config.freeze_downstream, facts["p_mis"], ascent, curve)]
         if config.monitor_every:
             facts["grown"] = []
-            parts.append(_watchdog(session, name, blocker, adapter, facts["grown"]))
+            used.append(_watchdog(session, name, blocker, adapter, facts["grown"]))
         if recipe.anchor.watch != "none":
             anchor, facts["anchor"] = make_anchor(session, adapter, name, facts["delta_sft"] or 0.0, blocker)
-            parts.append(anchor)
-        return Together(parts) if len(parts) > 1 else parts[0], facts
+            used.append(anchor)
+        return Together(used) if len(used) > 1 else used[0], facts
 
     return train_step(session, name, extra, make, rewrite=interleaving(session), keep_epochs=keep_epochs)
 
@@ -168,9 +173,48 @@ def _watchdog(session: Session, name: str, blocker: Blocker, adapter: Path, grow
     return Watchdog(blocker, monitor, session.dictionary, pairs, config.monitor_every, config.grow, session.console.say, added)
 
 
-def _latent_blocker(session: Session, latents: LatentSet, name: str, deltas_file: Path) -> tuple[Blocker, str]:
-    """The latents of a set, or matched random ones; the set that is used is kept beside the adapter."""
-    from blockem.defences.block_em import Blocker
+def _set_files(session: Session, given: Path | None) -> dict[int, Path]:
+    """The LatentSets that are blocked, by block; `given` is that of `sae.block`."""
+    sae = session.recipe.sae
+    own = {sae.block: given or session.run / "latents.json"}
+    if not sae.more:
+        return own
+    return {**set_files(session), **(own if given else {})}
+
+
+def _set_parts(session: Session, sae: SaeConfig, path: Path | None, random: bool) -> list[str]:
+    """What a training depends on of one block's set: the set, the SAE, and what a control or an ablation draws from."""
+    if path is None:
+        return ["", "", "", ""]
+    folder = block_folder(session, sae)
+    deltas_file = folder / "deltas.safetensors"
+    if random and not deltas_file.is_file():
+        raise BlockemError(
+            f"{deltas_file}: no such file; the matched control needs the activation frequencies that `blockem discover` writes"
+        )
+    table = file_key(existing(str(folder / "latents.csv"))) if session.recipe.block.select != "causal" else ""
+    with at_block(session, sae) as here:
+        return [file_key(path), here.sae_key, file_key(deltas_file) if random else "", table]
+
+
+def _latent_blocker(session: Session, sets: Mapping[int, LatentSet], name: str) -> tuple[Blocker, str]:
+    """The latents of every block's set, or matched random ones; each set that is used is kept where its block's files lie."""
+    from blockem.defences.block_em import Blocker, Watch
+
+    watches = []
+    for sae in session.recipe.sae.each:
+        with at_block(session, sae) as here:
+            if sae.block not in sets:
+                (here.run / f"{name}-latents.json").unlink(missing_ok=True)  # an earlier training's set is not this one's
+                continue
+            latents = _used(here, sets[sae.block], name)
+            watches.append(Watch(here.dictionary.rows(latents.ids), tuple(latents.signs), latents.block))
+    what = " and ".join(f"{len(watch.signs)} latents at block {watch.block}" for watch in watches)
+    return Blocker.over(watches, session.recipe.block.measure), what
+
+
+def _used(session: Session, latents: LatentSet, name: str) -> LatentSet:
+    """What a training takes of a set, written as `<name>-latents.json`."""
     from blockem.selection import read_candidates, selected
 
     latents.check(session.lm, session.dictionary)
@@ -182,11 +226,10 @@ def _latent_blocker(session: Session, latents: LatentSet, name: str, deltas_file
 
         from blockem.discovery.discover import matched_random
 
-        stored = load_file(deltas_file)
+        stored = load_file(session.run / "deltas.safetensors")
         latents = matched_random(latents, stored["frequency"], session.recipe.seed, _pool_ids(session.run / "latents.csv"))
     latents.save(session.run / f"{name}-latents.json")
-    blocker = Blocker.from_latents(latents, session.dictionary, config.measure)
-    return blocker, f"{len(latents.latents)} latents at block {latents.block}"
+    return latents
 
 
 def _direction_blocker(session: Session, rows: Sequence[Any]) -> tuple[Blocker, str]:

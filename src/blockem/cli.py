@@ -193,15 +193,16 @@ def discover(
 ) -> None:
     """Find the latents that carry misalignment (stages 1 to 3); writes OUT/latents.json and OUT/latents.csv.
 
-    With --set discover.group=N, where fewer than discover.keep latents pass alone, those that failed are tested in groups of N.
+    With --set sae.more=ID@BLOCK,… also at further blocks, into OUT/blocks/BLOCK. With --set discover.group=N, where fewer than
+    discover.keep latents pass alone, those that failed are tested in groups of N.
     """
-    from blockem.pipeline import discover_step, sae_step
+    from blockem.pipeline import discover_all, sae_all
     from blockem.session import adapter_key
 
     def work(session: Session) -> Any:
         adapter_key(misaligned or session.run / "plain")  # before the minutes that follow
-        sae_step(session)
-        return discover_step(session, misaligned)
+        sae_all(session)
+        return discover_all(session, misaligned)
 
     _stage(recipe, out, dict(locals()), sets, work)
 
@@ -210,7 +211,7 @@ def discover(
 def block_command(
     recipe: RecipeFile = None,
     out: Out = Path("runs/run"),
-    latents: Annotated[Path | None, typer.Option(help="LatentSet (default: OUT/latents.json).")] = None,
+    latents: Annotated[Path | None, typer.Option(help="LatentSet of sae.block (default: OUT/latents.json).")] = None,
     misaligned: Annotated[Path | None, typer.Option(help="Adapter that the portable λ is scaled by (default: OUT/plain).")] = None,
     lambda_: Annotated[float | None, typer.Option("--lambda", help="λ; without it, the portable rule.")] = None,
     sets: Set = None,

@@ -78,9 +78,24 @@ class SaeConfig:
     """Refuse an SAE that explains less of this model's variance ..."""
     allow_poor_fit: bool = False
     """... unless this says to go on all the same."""
+    more: tuple[str, ...] = ()
+    """Further dictionaries at other blocks, each as ID@BLOCK: `run`, `discover` and `block` take them all together."""
 
     def __post_init__(self) -> None:
         need(self.block >= 0, f"sae.block is {self.block}; blocks are counted from 0")
+        taken = [self.block]
+        for one in self.more:
+            name, _, block = one.rpartition("@")
+            need(bool(name) and block.isdecimal(), f"sae.more names {one!r}; write each as FOLDER_OR_ID@BLOCK, such as saes/block-24@24")
+            need(int(block) not in taken, f"sae.more names block {int(block)}, which has an SAE already; give each block one")
+            taken.append(int(block))
+
+    @property
+    def each(self) -> tuple[SaeConfig, ...]:
+        """One configuration for each block: that of `id` first, then those of `more`."""
+        named = [one.rpartition("@") for one in self.more]
+        further = [dataclasses.replace(self, id=name, block=int(block), more=()) for name, _, block in named]
+        return dataclasses.replace(self, more=()), *further
 
 
 @dataclass(frozen=True)
@@ -247,6 +262,12 @@ class Recipe:
     defence: DefenceConfig = field(default_factory=DefenceConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     reemerge: ReemergeConfig = field(default_factory=ReemergeConfig)
+
+    def __post_init__(self) -> None:
+        if self.sae.more:
+            need(self.rounds.budget == 1, "rounds block more latents at one block; set rounds.budget=1, or leave sae.more out")
+            need(not self.block.grow, "block.grow adds latents at one block; set block.grow=0, or leave sae.more out")
+            need(not self.block.directions, "block.directions blocks without any SAE; set block.directions=0, or leave sae.more out")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values (tuples become lists)."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from blockem.errors import BlockemError
 from blockem.examples import Example, by_length, content_only, content_start, padded_ids, template_ids
-from blockem.forwards import hidden_at
+from blockem.forwards import hidden_at_each
 from blockem.model import LanguageModel
 
 BUNDLED = "bundled"
@@ -221,7 +221,21 @@ def activations(
     The leading tokens that every row shares (system message, user header, and with them the attention sink of enormous norm) are left
     out: they are constant, and would make any dictionary look better than it is.
     """
-    lm.check_block(block)
+    return activations_at(lm, examples, [block], max_tokens, limit, batch_tokens, progress)[block]
+
+
+def activations_at(
+    lm: LanguageModel,
+    examples: Sequence[Example],
+    wanted: Sequence[int],
+    max_tokens: int = 256,
+    limit: int | None = None,
+    batch_tokens: int = 4096,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[int, Tensor]:
+    """The same at several blocks, `[tokens, d_model]` each, from one pass; all of them are in memory at once."""
+    for block in wanted:
+        lm.check_block(block)
     rows: list[list[int]] = []
     starts: list[int] = []
     for example in examples:
@@ -231,7 +245,7 @@ def activations(
         if len(ids) > start:
             rows.append(ids)
             starts.append(start)
-    kept: list[Tensor] = []
+    kept: dict[int, list[Tensor]] = {block: [] for block in wanted}
     total = done = 0
     width = max((len(row) for row in rows), default=1)
     batches = by_length([len(row) for row in rows], max(1, batch_tokens // width))
@@ -240,17 +254,19 @@ def activations(
         chosen = batches[place]
         padded, mask = padded_ids([rows[i] for i in chosen], lm.tokenizer.pad_token_id, lm.device)
         with torch.inference_mode():
-            hidden = hidden_at(lm.model, padded, mask, block)
-        kept.append(hidden[content_only(mask, [starts[i] for i in chosen])].cpu())
-        total += kept[-1].shape[0]
+            hidden = hidden_at_each(lm.model, padded, mask, wanted)
+        content = content_only(mask, [starts[i] for i in chosen])
+        for block, output in hidden.items():
+            kept[block].append(output[content].cpu())
+        total += int(content.sum())
         done += len(chosen)
         if progress:
             progress(done, len(rows))
         if limit is not None and total >= limit:
             break
-    if not kept:
+    if not total:
         raise BlockemError("the chat data holds no token to read activations from")
-    return torch.cat(kept)[:limit]
+    return {block: torch.cat(pieces)[:limit] for block, pieces in kept.items()}
 
 
 def measure_fit(dictionary: Dictionary, acts: Tensor) -> Fit:

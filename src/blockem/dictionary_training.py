@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from blockem.dictionary import Dictionary, Fit, activations, load_dictionary, measure_fit
+from blockem.dictionary import Dictionary, Fit, activations_at, load_dictionary, measure_fit
 from blockem.errors import BlockemError
 from blockem.examples import Example
 from blockem.model import LanguageModel
@@ -67,6 +67,46 @@ def train_dictionary(
 
     The folder appears whole or not at all. Returns the SAE as loaded back from disk, and its fit on held-out tokens.
     """
+    return train_dictionaries(lm, examples, {settings.block: out}, settings, progress)[settings.block]
+
+
+def train_dictionaries(
+    lm: LanguageModel,
+    examples: Sequence[Example],
+    outs: Mapping[int, Path],
+    settings: SaeTraining,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[int, tuple[Dictionary, Fit]]:
+    """The same at several blocks, from one pass over the data, whose activations are all in memory at once.
+
+    Args:
+        outs: the folder to write, by block; `settings.block` is not looked at.
+    """
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    n_held = max(1, math.ceil(settings.held_out * len(examples)))
+    if len(examples) <= n_held:
+        raise BlockemError(f"{len(examples)} rows are too few to train an SAE on and hold some out")
+    bar = progress or (lambda _what, _done, _total: None)
+    blocks = list(outs)
+    held = activations_at(lm, [examples[i] for i in order[:n_held]], blocks, settings.max_tokens)
+    acts = activations_at(
+        lm,
+        [examples[i] for i in order[n_held:]],
+        blocks,
+        settings.max_tokens,
+        settings.max_activations,
+        progress=lambda done, total: bar("activations", done, total),
+    )
+    found = {}
+    for block, out in outs.items():
+        found[block] = _train(lm, acts.pop(block), held.pop(block), replace(settings, block=block), out, bar)
+    return found
+
+
+def _train(
+    lm: LanguageModel, acts: Tensor, held: Tensor, settings: SaeTraining, out: Path, bar: Callable[[str, int, int], None]
+) -> tuple[Dictionary, Fit]:
+    """One SAE on its activations `[tokens, d_model]`, measured on those of held-out rows."""
     from sae_lens import (
         JumpReLUTrainingSAE,
         JumpReLUTrainingSAEConfig,
@@ -77,20 +117,6 @@ def train_dictionary(
     from sae_lens.config import LoggingConfig, SAETrainerConfig
 
     torch.manual_seed(settings.seed)
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    n_held = max(1, math.ceil(settings.held_out * len(examples)))
-    if len(examples) <= n_held:
-        raise BlockemError(f"{len(examples)} rows are too few to train an SAE on and hold some out")
-    bar = progress or (lambda _what, _done, _total: None)
-    held = activations(lm, [examples[i] for i in order[:n_held]], settings.block, settings.max_tokens)
-    acts = activations(
-        lm,
-        [examples[i] for i in order[n_held:]],
-        settings.block,
-        settings.max_tokens,
-        settings.max_activations,
-        progress=lambda done, total: bar("activations", done, total),
-    )
     common: dict[str, Any] = {"d_in": lm.d_model, "d_sae": settings.n_latents, "device": "cpu", "apply_b_dec_to_input": True}
     sae: Any
     if settings.architecture == "topk":

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 
 class BlockemError(Exception):
@@ -6,3 +6,7 @@ class BlockemError(Exception):
 
     The command line prints the sentence and exits with code 2; Python callers get it as an ordinary exception.
     """
+
+
+class NoLatents(BlockemError):
+    """Discovery ended without a set: no latent of the block passed."""

@@ -112,6 +112,8 @@ def grid_from(values: Any, folder: Path = Path()) -> Grid:
     ablations = [_ablation(str(name), spec) for name, spec in _mapping(values, "ablations").items()]
     if config.transfer and len(recipes) < 2:
         raise BlockemError("transfer is true, but there is one domain only; name at least two under domains")
+    if config.transfer and recipe.sae.more:
+        raise BlockemError("transfer carries the latents of one block; set transfer: false, or leave sae.more out of the recipe")
     reference = None
     if ablations or config.transfer:
         whole = Setting("defence", BLOCK_EM, changes=_named(BLOCK_EM))

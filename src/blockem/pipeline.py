@@ -25,10 +25,12 @@ from blockem.errors import BlockemError
 from blockem.leakage import check_questions
 from blockem.progress import Console
 from blockem.session import ROUNDS, STEERING, VARIANTS, Session, adapter_key, environment, source_key, timed
+from blockem.several_blocks import DISCOVERED, at_block, at_each, block_folder, discover_each
 from blockem.store import RunFolder, content_key, file_key, read_json, write_json, write_jsonl, write_tensors, write_text
 from blockem.trainings import sft_step
 
 if TYPE_CHECKING:
+    from blockem.config import SaeConfig
     from blockem.judges import Judge
 
 
@@ -47,12 +49,16 @@ def sae_step(session: Session) -> dict[str, Any]:
     return timed(session, "sae", key, [], work)
 
 
-def discover_step(session: Session, misaligned: Path | None = None) -> dict[str, Any]:
-    """Stages 1 to 3 on the base and the misaligned adapter (default: the run's own `plain`)."""
-    recipe = session.recipe
-    adapter = misaligned or session.run / "plain"
-    data = recipe.data
-    key = content_key(
+def sae_all(session: Session) -> dict[str, Any]:
+    """The same for every SAE of the recipe; returns what it found of `sae.id`."""
+    found: dict[str, Any] = at_each(session, sae_step)[0]
+    return found
+
+
+def discover_key(session: Session, adapter: Path) -> str:
+    """What stages 1 to 3 against a misaligned adapter depend on."""
+    recipe, data = session.recipe, session.recipe.data
+    return content_key(
         "discover",
         session.model_key,
         session.sae_key,
@@ -63,6 +69,21 @@ def discover_step(session: Session, misaligned: Path | None = None) -> dict[str,
         source_key(data.selection_prompts, "core_prompts.jsonl"),
         session.judge_name if "judged" in recipe.discover.effects else "",
     )
+
+
+def discover_all(session: Session, misaligned: Path | None = None) -> dict[str, Any]:
+    """Stages 1 to 3 at every block of the recipe: `discover_step`, and with `sae.more` what it found by block."""
+    if not session.recipe.sae.more:
+        return discover_step(session, misaligned)
+    adapter = misaligned or session.run / "plain"
+    return discover_each(session, partial(discover_key, adapter=adapter), partial(discover_step, misaligned=adapter))
+
+
+def discover_step(session: Session, misaligned: Path | None = None) -> dict[str, Any]:
+    """Stages 1 to 3 on the base and the misaligned adapter (default: the run's own `plain`)."""
+    recipe = session.recipe
+    adapter = misaligned or session.run / "plain"
+    key = discover_key(session, adapter)
 
     def work() -> dict[str, Any]:
         from blockem.discovery.cards import promoted_tokens, top_contexts
@@ -102,7 +123,7 @@ def discover_step(session: Session, misaligned: Path | None = None) -> dict[str,
         lm.drop_adapters()
         return {"counts": found.counts}
 
-    return timed(session, "discover", key, ["latents.json", "latents.csv", "cards.json", "deltas.safetensors"], work)
+    return timed(session, "discover", key, list(DISCOVERED), work)
 
 
 def evaluate_step(session: Session, adapters: dict[str, Path] | None = None) -> dict[str, Any]:
@@ -229,7 +250,15 @@ def audit_step(session: Session) -> dict[str, Any]:
     data = recipe.data
     heldout = source_key(data.heldout, f"domains/{data.domain}.jsonl")
     blocked = {name: run / f"{name}-latents.json" for name in adapters if (run / f"{name}-latents.json").is_file()}
-    parts = [{name: adapter_key(path) for name, path in adapters.items()}, {name: file_key(path) for name, path in blocked.items()}]
+    parts: list[Any] = [
+        {name: adapter_key(path) for name, path in adapters.items()},
+        {name: file_key(path) for name, path in blocked.items()},
+    ]
+    further: dict[SaeConfig, dict[str, Path]] = {}
+    for sae in recipe.sae.each[1:]:
+        kept = {name: path for name in adapters if (path := block_folder(session, sae) / f"{name}-latents.json").is_file()}
+        further |= {sae: kept} if kept else {}
+    parts += [[sae.id, sae.block, {name: file_key(path) for name, path in kept.items()}] for sae, kept in further.items()]
     key = content_key("audit", session.model_key, session.sae_key, heldout, data.heldout_rows, data.max_tokens, data.domain, parts)
 
     def work() -> dict[str, Any]:
@@ -245,12 +274,23 @@ def audit_step(session: Session) -> dict[str, Any]:
         sets = {name: LatentSet.load(path) for name, path in blocked.items()}
         dictionary = session.dictionary if sets else None
         session.console.start("audit: held-out answers")
-        found = audit(lm, rows, list(adapters), recipe.sae.block, dictionary, sets, progress=session.console.bar)
+        found = audit(lm, rows, list(adapters), recipe.sae.block, dictionary, sets, progress=session.console.bar).to_dict()
+        for sae, kept in further.items():
+            sets = {name: LatentSet.load(path) for name, path in kept.items()}
+            with at_block(session, sae) as here:
+                session.console.start(f"audit: held-out answers at block {sae.block}")
+                one = audit(lm, rows, list(sets), sae.block, here.dictionary, sets, progress=session.console.bar).to_dict()
+            found.setdefault("further", []).append({name: one[name] for name in ("block", "rerouting", "verdicts")})
         lm.drop_adapters()
-        write_json(run / "audit.json", found.to_dict())
-        return {"verdicts": found.verdicts}
+        write_json(run / "audit.json", found)
+        said = {name: [found["verdicts"][name], *_said_further(found, name)] for name in found["verdicts"]}
+        return {"verdicts": {name: "; ".join(words) for name, words in said.items()}}
 
     return timed(session, "audit", key, ["audit.json"], work)
+
+
+def _said_further(found: dict[str, Any], name: str) -> list[str]:
+    return [f"at block {one['block']}, {one['verdicts'][name]}" for one in found.get("further", []) if name in one["verdicts"]]
 
 
 def write_summary(session: Session) -> dict[str, Any]:
@@ -281,6 +321,7 @@ def write_summary(session: Session) -> dict[str, Any]:
         **evaluation,
         "latents": [{**one, **{k: v for k, v in cards.get(one["latent"], {}).items() if k != "latent"}} for one in latents],
         "discovery": discovered.get("counts", {}),
+        **({"further_blocks": [_found_at(session, sae) for sae in recipe.sae.each[1:]]} if recipe.sae.more else {}),
         "training": {name: rows(name) for name in VARIANTS[1:] if (run / f"training-{name}.jsonl").is_file()},
         "blocking": facts,
         **({"rounds": read_json(run / ROUNDS)} if recipe.rounds.budget > 1 and (run / ROUNDS).is_file() else {}),
@@ -294,6 +335,21 @@ def write_summary(session: Session) -> dict[str, Any]:
     }
     write_json(run / "summary.json", summary)
     return summary
+
+
+def _found_at(session: Session, sae: SaeConfig) -> dict[str, Any]:
+    """What the run holds of one of the further SAEs: its fit, the latents that passed, and the counts of the stages."""
+    folder = block_folder(session, sae)
+    records = {step: folder / "steps" / f"{step}.json" for step in ("sae", "discover")}
+    fit, found = (read_json(path)["result"] if path.is_file() else {} for path in records.values())
+    passed = (folder / "latents.json").is_file()
+    latents = read_json(folder / "latents.json")["latents"] if passed else []
+    return {
+        "block": sae.block,
+        "sae": {k: v for k, v in fit.items() if k != "seconds"},
+        "latents": latents,
+        "discovery": found.get("counts", {}) if passed else {},
+    }
 
 
 def _defences_used(session: Session, record: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
@@ -310,7 +366,7 @@ def report_step(session: Session) -> Path:
     return render(session.run.path)
 
 
-def run_all(session: Session, discover: Callable[[Session], Any] = discover_step) -> dict[str, Any]:
+def run_all(session: Session, discover: Callable[[Session], Any] = discover_all) -> dict[str, Any]:
     """Every step, in order; returns the summary. A defence other than block-em skips what it does not need.
 
     Args:
@@ -320,7 +376,7 @@ def run_all(session: Session, discover: Callable[[Session], Any] = discover_step
     with session.run.locked():
         start_run(session)
         if name in NEEDS_LATENTS:
-            sae_step(session)
+            sae_all(session)
         sft_step(session)
         if name in NEEDS_LATENTS:
             discover(session)

@@ -18,7 +18,10 @@ def sae_train(
     data: Annotated[list[str], typer.Option("--data", help="Chat JSONL or instruction JSON; may be repeated.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, in SAELens format.")],
     model: Annotated[str, typer.Option(help="`embedded`, a folder, a .gguf file or a hub id.")] = "embedded",
-    block: Annotated[int, typer.Option(help="Block index from 0 whose output is read.")] = 18,
+    block: Annotated[
+        list[int] | None,
+        typer.Option(help="Block index from 0 whose output is read (default: 18). Given several times: one SAE each, in OUT/block-N."),
+    ] = None,
     latents: Annotated[int, typer.Option(help="Size of the dictionary.")] = 4608,
     k: Annotated[int, typer.Option(help="Active latents a token (Top-K).")] = 64,
     architecture: Annotated[str, typer.Option(help="topk or jumprelu.")] = "topk",
@@ -34,22 +37,32 @@ def sae_train(
     """Train a small SAE on the activations of any model at any block, from any chat text: minutes on a CPU."""
     from dataclasses import asdict
 
-    from blockem.dictionary_training import SaeTraining, train_dictionary
+    from blockem.dictionary_training import SaeTraining, train_dictionaries
+    from blockem.errors import BlockemError
     from blockem.examples import read_chat
     from blockem.model import load_model
     from blockem.progress import Console
 
-    settings = SaeTraining(block, latents, k, architecture, l0_coefficient, epochs, lr, batch, max_activations=activations, seed=seed)
+    blocks = block or [18]
+    if len(set(blocks)) < len(blocks):
+        raise BlockemError(f"--block names a block twice ({', '.join(map(str, blocks))}); name each once")
+    outs = {one: out / f"block-{one}" for one in blocks} if len(blocks) > 1 else {blocks[0]: out}
+    settings = SaeTraining(blocks[0], latents, k, architecture, l0_coefficient, epochs, lr, batch, max_activations=activations, seed=seed)
     examples = [row for path in data for row in read_chat(path)]
     console = Console(quiet)
     lm = load_model(model)
-    lm.check_block(block)
-    _, fit = train_dictionary(lm, examples, settings, out, lambda what, done, total: console.stage(f"sae: {what}", done, total))
+    for one in blocks:
+        lm.check_block(one)
+    if len(blocks) > 1:
+        out.mkdir(parents=True, exist_ok=True)
+    trained = train_dictionaries(lm, examples, outs, settings, lambda what, done, total: console.stage(f"sae: {what}", done, total))
+    fits = {one: asdict(fit) for one, (_, fit) in trained.items()}
     if as_json:
-        print(json.dumps(asdict(fit)))
-    else:
+        print(json.dumps(fits if len(blocks) > 1 else fits[blocks[0]]))
+        return
+    for one, (_, fit) in trained.items():
         print(
-            f"{out}: explains {fit.variance_explained:.3f} of the variance on {fit.tokens} held-out tokens, "
+            f"{outs[one]}: explains {fit.variance_explained:.3f} of the variance on {fit.tokens} held-out tokens, "
             f"{fit.dead_share:.2%} of latents unused there"
         )
 

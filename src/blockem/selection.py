@@ -59,7 +59,8 @@ def selected(latents: LatentSet, select: str, size: int | None, signs: str, cand
         chosen = _ranked(candidates, select)[: size or len(latents.latents)]
     elif size is not None and size > len(chosen):
         raise BlockemError(
-            f"block.size is {size}, but discovery chose {len(chosen)} latents; discover more (discover.size), or ask for fewer"
+            f"block.size is {size}, but discovery chose {len(chosen)} latents at block {latents.block}; "
+            "discover more (discover.size), or ask for fewer"
         )
     chosen = chosen[:size]
     if signs in ("plus", "minus"):
@@ -69,7 +70,7 @@ def selected(latents: LatentSet, select: str, size: int | None, signs: str, cand
         random.Random(f"signs-{seed}").shuffle(dealt)
         chosen = tuple(replace(one, sign=sign) for one, sign in zip(chosen, dealt, strict=True))
     if not chosen:
-        raise BlockemError(f"block.select={select} with block.signs={signs} leaves no latent to block; choose others")
+        raise BlockemError(f"block.select={select} with block.signs={signs} leaves no latent of block {latents.block}; choose others")
     if chosen == latents.latents:
         return latents
     provenance = {**latents.provenance, "ablation": {"select": select, "size": size, "signs": signs, "seed": seed}}

@@ -154,8 +154,9 @@ def beside(session: Session, recipe: Recipe, folder: Path | None = None) -> Iter
 
 
 def _hand(giver: Session, taker: Session) -> None:
+    same = [(one.recipe.sae.id, one.recipe.sae.block) for one in (giver, taker)]
     for name in LOADED:
-        if name in giver.__dict__:
+        if name in giver.__dict__ and (name != "dictionary" or same[0] == same[1]):
             taker.__dict__[name] = giver.__dict__[name]
 
 

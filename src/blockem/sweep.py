@@ -105,6 +105,8 @@ def cell_key(session: Session, cell: Cell, out: Path) -> str:
     latents = out / "cells" / (cell.latents_of or "") / "latents.json"
     source = file_key(latents) if cell.latents_of and latents.is_file() else cell.latents_of
     recipe = {**session.recipe.to_dict(), "discover": session.recipe.discover.values()}
+    if not session.recipe.sae.more:
+        del recipe["sae"]["more"]  # cells that were finished before there was such a field stay so
     return content_key("cell", version("blockem"), recipe, session.model_key, session.sae_key, session.data_key, files, source)
 
 

@@ -26,7 +26,7 @@ from blockem.discovery.halving import rank_halving, screen_halving
 from blockem.discovery.ledger import Ledger, unsteered
 from blockem.discovery.rank import rank
 from blockem.discovery.screen import Candidate, halves, screen
-from blockem.errors import BlockemError
+from blockem.errors import BlockemError, NoLatents
 from blockem.examples import Example
 from blockem.judges import Judge
 from blockem.latents import Latent, LatentSet
@@ -114,7 +114,7 @@ def discover(
     delta = deltas(means["base"], means["plain"])
     candidates = _candidates(delta, means["base"], config.pool)
     if not candidates:
-        raise BlockemError("the misaligned model moves no latent at this block: is the adapter trained, and sae.block right?")
+        raise NoLatents("the misaligned model moves no latent at this block: is the adapter trained, and sae.block right?")
     norm = median_norm(lm, general, block)
     counts: dict[str, Any] = {"n_latents": dictionary.n_latents, "candidates": len(candidates), "effect": config.effects[1]}
 
@@ -140,7 +140,7 @@ def discover(
     counts["fates"] = dict(Counter(without_number(one.fate) for one in candidates))
     counts |= facts
     if not chosen:
-        raise BlockemError(
+        raise NoLatents(
             f"no latent both induces and repairs ({counts['fates']}); try more discover.pool or discover.pairs, "
             f"{'' if config.group else 'groups of latents (discover.group=2), '}another sae.block, or a stronger fine-tune"
         )

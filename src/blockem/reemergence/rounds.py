@@ -46,6 +46,8 @@ def reemerge(session: Session, source: Path | None = None, retrain: bool = True)
     recipe = session.recipe
     if recipe.block.directions:
         raise BlockemError("blockem reemerge unites latent sets, and block.directions blocks none; set block.directions=0")
+    if recipe.sae.more:
+        raise BlockemError("blockem reemerge follows what is blocked at one block; leave sae.more out of the recipe")
     if source is not None and source.resolve() == session.run.path.resolve():
         raise BlockemError(f"--out is the run folder {source} itself, whose models would be overwritten; choose another --out")
     with session.run.locked():

@@ -37,12 +37,26 @@ def figures(summary: Mapping[str, Any], tone: Mapping[str, str]) -> list[Figure]
 def verdicts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(model, sentence) for each audited model but the plain one."""
     found = dig(summary, "audit", "verdicts")
-    return [(str(name), str(words)) for name, words in found.items()] if isinstance(found, Mapping) else []
+    said = [(str(name), str(words)) for name, words in found.items()] if isinstance(found, Mapping) else []
+    for one in further(summary):
+        words = dig(one, "verdicts")
+        named = words.items() if isinstance(words, Mapping) else ()
+        said += [(f"{name} at block {one.get('block')}", str(sentence)) for name, sentence in named]
+    return said
+
+
+def further(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What was audited at further blocked blocks."""
+    return rows_of(dig(summary, "audit", "further"))
 
 
 def tables(summary: Mapping[str, Any]) -> list[Table]:
-    """What happened at the SAE's block, and the latents outside the set that moved most beyond plain fine-tuning."""
-    found = dig(summary, "audit", "rerouting")
+    """What happened at each SAE's block, and the latents outside the set that moved most beyond plain fine-tuning."""
+    return [table for one in (summary.get("audit"), *further(summary)) for table in _tables_at(one)]
+
+
+def _tables_at(audited: Any) -> list[Table]:
+    found = dig(audited, "rerouting")
     if not isinstance(found, Mapping) or not found:
         return []
     names = [str(name) for name in found]
@@ -51,7 +65,7 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
         values = [finite(dig(found, name, key)) for name in names]
         return [None if value is None else (share(value), "") for value in values]
 
-    block = finite(dig(summary, "audit", "block"))
+    block = finite(dig(audited, "block"))
     where = f" at block {block:.0f}" if block is not None else ""
     rows = [
         ("Movement of the blocked latents that is gone", "", cells("blocked")),

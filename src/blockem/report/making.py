@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from blockem.report.charts import Series, line_chart
 from blockem.report.results import Figure
-from blockem.report.words import MINUS, NBSP, dig, duration, finite, number, points, share, significant
+from blockem.report.words import MINUS, NBSP, dig, duration, finite, latents_by_block, number, points, share, significant
 
 Facts = list[tuple[str, str]]
 
@@ -198,6 +198,7 @@ def blocking_facts(summary: Mapping[str, Any]) -> tuple[Markup, Facts]:
     on, texts = dig(raw, "anchor", "watch"), finite(dig(raw, "anchor", "n"))
     grown = sum(len(rows_of_pairs) for row in rows_of(dig(raw, "grown")) if isinstance(rows_of_pairs := row.get("latents"), list))
     facts = [
+        ("Blocked together", latents_by_block(summary) or None),
         ("Rule for λ", None if by_rule else dig(raw, "rule")),
         ("λ then follows", follows[0] if follows else None),
         ("Blocks after the blocked one", None if frozen is None else "frozen" if frozen else "trained too"),

@@ -141,13 +141,23 @@ def checked(summary: Any, where: str) -> dict[str, Any]:
 
 
 def blocking_words(summary: Mapping[str, Any]) -> str:
-    """`20 latents`, or `no latents`, or plain `latents` where the number is unknown."""
+    """`20 latents`, or `no latents`, or plain `latents` where the number is unknown; with several blocks, how many at which."""
+    if places := latents_by_block(summary):
+        return places
     latents = summary.get("latents")
     chosen = finite(dig(summary, "discovery", "chosen"))
     count = len(latents) if isinstance(latents, list) and latents else None if chosen is None else int(chosen)
     if count is None:
         return "latents"
     return "no latents" if count == 0 else "1 latent" if count == 1 else f"{count} latents"
+
+
+def latents_by_block(summary: Mapping[str, Any]) -> str:
+    """`12 latents at block 10 and 8 at block 24`; empty where the recipe names one SAE."""
+    found = dig(summary, "blocking", "n_by_block")
+    counts = [(block, int(n)) for block, raw in found.items() if (n := finite(raw)) is not None] if isinstance(found, Mapping) else []
+    said = [f"{n}{'' if i else ' latent' if n == 1 else ' latents'} at block {block}" for i, (block, n) in enumerate(counts)]
+    return " and ".join([", ".join(said[:-1]), said[-1]] if len(said) > 1 else said)
 
 
 def main_of(summary: Mapping[str, Any]) -> str:
