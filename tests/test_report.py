@@ -438,3 +438,14 @@ def test_a_moving_lambda_an_anchor_and_a_monitor_are_drawn(tmp_path: Path) -> No
     assert {"λ", "Anchor", "Plain fine-tuning's shift that survives"} <= titles
     html = rendered(tmp_path, summary)
     assert "answers, 150 of them" in html and "a ceiling of 5" in html and "Latents added in training" in html
+
+
+def test_the_headline_says_what_was_interleaved() -> None:
+    from blockem.report.words import price
+
+    recipe = {"anchor": {"watch": "answers", "interleave": 0.3, "interleaved": "pairs"}}
+    summary = {"models": {"base": {}, "plain": {}, "blocked": {}}, "recipe": recipe, "blocking": {"anchor": {"watch": "answers"}}}
+    said = " ".join(price(summary)).replace("\u00a0", " ")
+    assert "the cut is not the latents' alone" in said and "30 % were answers of the selection pairs" in said
+    recipe["anchor"]["interleave"] = 0.0
+    assert "interleaved" not in " ".join(price(summary))

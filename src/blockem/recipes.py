@@ -7,8 +7,8 @@ from pathlib import Path
 from blockem.store import write_text
 
 # What `blockem demo` runs: sized so that the whole job takes about a quarter of an hour on two CPU cores. Everything that is not named
-# keeps the defaults of blockem.config. The anchor is what makes it hold: blocked latents alone leave most of the misalignment
-# (docs/LOG.md).
+# keeps the defaults of blockem.config. The anchor and what is interleaved beside it make it hold: blocked latents alone leave most of the
+# misalignment (docs/LOG.md).
 DEMO = """\
 name: demo
 data:
@@ -16,8 +16,8 @@ data:
   rows: 600
 train: {batch_size: 8, micro_batch: 8, lr: 7.0e-4}
 discover: {pairs: 30, prescreen: 28}
-block: {freeze_downstream: false}
-anchor: {watch: answers, r: 2}
+block: {r: 30, freeze_downstream: false}
+anchor: {watch: answers, cost: kl, r: 1, interleave: 0.3, keep: 5}
 """
 
 

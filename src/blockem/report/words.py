@@ -266,6 +266,10 @@ def price(summary: Mapping[str, Any]) -> list[str]:
         said.append(
             f"Beside the latents, the blocked training was anchored on general prompts ({watched}): the cut is not the latents' alone."
         )
+    mixed = finite(dig(summary, "recipe", "anchor", "interleave"))
+    if mixed and dig(summary, "recipe", "anchor", "watch") != "none" and main_of(summary) in ("blocked", "anchor"):
+        what = "benign chat" if dig(summary, "recipe", "anchor", "interleaved") == "benign" else "answers of the selection pairs"
+        said.append(f"Of the defended model's training rows {share(mixed)} were {what}, interleaved with those of the domain.")
     epochs, of_plain = dig(summary, "recipe", "defence", "epochs"), dig(summary, "recipe", "train", "epochs")
     if epochs and epochs != of_plain:
         said.append(f"The defended model was trained for {epochs:g} epochs of the rows, the plain one for {of_plain:g}.")
