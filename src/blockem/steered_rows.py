@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blockem.examples import Encoded, by_length, padded_ids
-from blockem.forwards import decoder, from_hidden, hidden_at, placed, supports_from_hidden
+from blockem.forwards import decoder, from_hidden, hidden_at, placed, supports_from_hidden, unwrapped
 from blockem.head import token_logprobs
 from blockem.model import LanguageModel
 from blockem.steering import add_at_block
@@ -131,8 +131,15 @@ def _apart(spans: Sequence[Sequence[tuple[int, int]]], length: int, device: torc
     return positions.to(device), mask[:, None].to(device)
 
 
-def supports_sharing(lm: LanguageModel) -> bool:
-    """Whether this architecture gives answers in one row the states that they have alone; measured on a few tokens, not assumed."""
+def supports_sharing(lm: LanguageModel, longest: int = 0) -> bool:
+    """Whether this architecture gives answers in one row the states that they have alone; measured on a few tokens, not assumed.
+
+    Args:
+        longest: tokens of the longest row; attention through a narrower window is not what the shared mask says.
+    """
+    window = getattr(unwrapped(lm.model).config.get_text_config(), "sliding_window", None)
+    if window and window < longest:
+        return False
     ids = list(range(5, 21))
     rows = [Encoded(tuple(ids[:6] + rest), (False,) * 6 + (True,) * len(rest)) for rest in (ids[6:10], ids[10:])]
     dtype = next(lm.model.parameters()).dtype
@@ -142,7 +149,7 @@ def supports_sharing(lm: LanguageModel) -> bool:
             batch = shared_batch(groups, lm.tokenizer.pad_token_id, lm.device, dtype)
             try:
                 finals.append(_final(lm, batch)[batch.row, batch.place].float())
-            except (RuntimeError, ValueError, TypeError):  # an attention that takes no mask of its own
+            except Exception:  # an attention that takes no mask of its own raises many kinds
                 return False
     alone, together = finals
     return bool((alone - together).norm() <= 0.01 * alone.norm())
@@ -197,7 +204,7 @@ class SteeredRows:
         self.prefixes: list[Prefix] = []
         pad, dtype = lm.tokenizer.pad_token_id, next(lm.model.parameters()).dtype
         with torch.inference_mode(), lm.variant(variant):
-            shortcut, sharing = supports_from_hidden(lm, block), supports_sharing(lm)
+            shortcut, sharing = supports_from_hidden(lm, block), supports_sharing(lm, max((len(row.ids) for row in rows), default=0))
             for number, (start, stop) in enumerate(self.chunks):
                 groups = same_prompt(rows[start:stop]) if sharing else [[i] for i in range(stop - start)]
                 widest = max(map(len, groups), default=1)

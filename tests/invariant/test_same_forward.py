@@ -136,6 +136,12 @@ def test_an_attention_without_a_mask_of_its_own_scores_answers_apart(misaligned:
     assert not steered_rows.supports_sharing(misaligned)
 
 
+def test_rows_longer_than_an_attentions_window_are_scored_apart(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert steered_rows.supports_sharing(lm, 9)
+    monkeypatch.setattr(lm.model.config, "sliding_window", 8, raising=False)
+    assert steered_rows.supports_sharing(lm, 8) and not steered_rows.supports_sharing(lm, 9)
+
+
 def test_a_batch_of_edits_equals_one_edit_at_a_time(lm: LanguageModel) -> None:
     batch = batch_of(lm)
     vectors = edits(6)
