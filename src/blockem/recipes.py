@@ -6,7 +6,7 @@ from pathlib import Path
 
 from blockem.store import write_text
 
-# What `blockem demo` runs: sized so that the whole job takes about a quarter of an hour on two CPU cores. Everything that is not named
+# What `blockem demo` runs: sized so that the whole job takes less than twenty minutes on two CPU cores. Everything that is not named
 # keeps the defaults of blockem.config. The anchor and what is interleaved beside it make it hold: blocked latents alone leave most of the
 # misalignment (docs/LOG.md).
 DEMO = """\
