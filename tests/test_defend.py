@@ -20,9 +20,10 @@ from blockem.defend import check_files, defend_step, inference_hooks
 from blockem.dictionary import Dictionary
 from blockem.errors import BlockemError
 from blockem.model import LanguageModel
-from blockem.pipeline import evaluate_step, open_session, report_step, run_all, write_summary
+from blockem.pipeline import evaluate_step, open_session, report_step, run_all
 from blockem.session import VARIANTS, Session
 from blockem.store import read_json
+from blockem.summary import write_summary
 from blockem.training import fine_tune
 from blockem.trainings import sft_step
 
