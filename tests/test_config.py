@@ -203,3 +203,14 @@ def test_every_field_name_is_the_same_word_in_yaml() -> None:
 def test_the_demos_recipe_is_one(tmp_path: Path) -> None:
     recipe = load_recipe(demo_recipe(tmp_path))
     assert recipe.data.rows == 600 and recipe.anchor.watch == "answers"
+
+
+def test_fields_that_came_later_do_not_change_keys_at_their_default() -> None:
+    from blockem.config_values import keyed
+
+    whole = Recipe().to_dict()
+    for section, name in (("sae", "more"), ("discover", "group"), ("anchor", "interleave"), ("anchor", "interleaved")):
+        del whole[section][name]
+    assert keyed(Recipe()) == whole
+    changed = Recipe().with_values({"sae.more": "x@3", "anchor.interleave": 0.2})
+    assert keyed(changed)["sae"]["more"] == ["x@3"] and keyed(changed)["anchor"]["interleave"] == 0.2

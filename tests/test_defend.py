@@ -258,6 +258,10 @@ def test_what_is_missing_is_said_in_one_sentence(recipe: Recipe, tmp_path: Path,
     for name, field in (("preventative", "trait_prompts"), ("interleaving", "benign"), ("safelora", "unaligned")):
         with pytest.raises(BlockemError, match=r"no such file|no safetensors"):
             check_files(under(bare, name, **{field: str(tmp_path / "none")}))
+    beside = under(bare, "anchor", benign=str(tmp_path / "none"))
+    anchor = replace(beside.recipe.anchor, watch="pairs", interleave=0.2, interleaved="benign")
+    with pytest.raises(BlockemError, match="no such file"):
+        check_files(replace(beside, recipe=replace(beside.recipe, anchor=anchor)))
 
 
 def test_caft_takes_at_most_as_many_directions_as_there_are(session: Session) -> None:

@@ -16,9 +16,10 @@ import tiny
 import torch
 
 from blockem.config import DiscoverConfig, Recipe
+from blockem.config_values import keyed, plain
 from blockem.dictionary import Dictionary
 from blockem.discovery.bounds import looks
-from blockem.discovery.discover import candidates_csv, discover, screen_and_rank
+from blockem.discovery.discover import Measuring, candidates_csv, discover, screen_and_rank
 from blockem.discovery.effects import Items, Measurement, PreferenceEffect, Steered
 from blockem.discovery.groups import Group, best_of_both, groups_of, without_number
 from blockem.discovery.ledger import Ledger
@@ -76,7 +77,7 @@ def found(candidates: list[Candidate], config: DiscoverConfig, log: Path | None 
     effect: Any = Partners([one.sign for one in candidates], config.rungs if config.halving else ())
     directions = {k: torch.eye(len(candidates))[k] for k in range(len(candidates))}
     tell = bar or (lambda _what, _done, _total: None)
-    return screen_and_rank({config.effect: effect}, directions, 1.0, candidates, config, log, "k", tell)
+    return screen_and_rank(Measuring({config.effect: effect}, directions, 1.0, log, "k", tell), candidates, config)
 
 
 # what a group is
@@ -297,10 +298,10 @@ def test_a_wrong_size_is_one_sentence(value: int, said: str) -> None:
 
 
 def test_without_groups_keys_know_nothing_of_them() -> None:
-    fields = asdict(DiscoverConfig())
+    fields = plain(asdict(DiscoverConfig()))
     fields.pop("group")
-    assert DiscoverConfig().values() == fields
-    assert DiscoverConfig(group=3).values() == {**fields, "group": 3}
+    assert keyed(DiscoverConfig()) == fields
+    assert keyed(DiscoverConfig(group=3)) == {**fields, "group": 3}
 
 
 def test_fates_are_counted_whatever_the_group() -> None:
@@ -324,7 +325,7 @@ def test_a_run_folder_with_groups_is_read_as_any_other(tiny_folder: Path, plain_
             "data.selection_prompts": str(tmp_path / "prompts.jsonl"),
             "sae.id": str(tmp_path / "sae"),
             "sae.block": tiny.BLOCK,
-            **{f"discover.{name}": value for name, value in QUICK.values().items() if name != "budget_slack"},
+            **{f"discover.{name}": value for name, value in keyed(QUICK).items() if name != "budget_slack"},
         }
     )
     session = open_session(recipe, tmp_path / "run", quiet=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockem import bundled
+from blockem.config_values import keyed
 from blockem.errors import BlockemError
 from blockem.session import Session, adapter_key, timed
 from blockem.store import content_key, file_key
@@ -81,7 +81,7 @@ def prepare_anchor(session: Session, adapter: Path, name: str, sick: Sequence[Pa
         return ""
     if config.answers:
         contrast_step(session, [adapter, *sick], name)
-    parts: list[Any] = [asdict(config), adapter_key(adapter)]
+    parts: list[Any] = [keyed(config), adapter_key(adapter)]
     if config.answers:
         parts.append(file_key(contrasts_file(session, name)))
     if config.interleave:
@@ -116,12 +116,16 @@ def interleaved_rows(session: Session) -> list[Example]:
 
 def interleaving(session: Session) -> Callable[[list[Example]], list[Example]] | None:
     """The anchor's rewriting of the training rows; None where nothing is interleaved."""
-    from blockem.defences.interleaving import Interleaving
-
     config = session.recipe.anchor
     if config.watch == "none" or not config.interleave:
         return None
-    return Interleaving(interleaved_rows(session), config.interleave, session.recipe.seed).rewrite
+
+    def rewrite(examples: list[Example]) -> list[Example]:
+        from blockem.defences.interleaving import Interleaving
+
+        return Interleaving(interleaved_rows(session), config.interleave, session.recipe.seed).rewrite(examples)
+
+    return rewrite
 
 
 def task_pairs(session: Session) -> list[Pair]:

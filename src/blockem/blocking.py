@@ -57,14 +57,14 @@ def block_step(
         raise BlockemError(f"{files[wrong[0][0]]} is a set of block {wrong[0][1]}, not of block {wrong[0][0]}; give that of sae.block")
     if config.monitor_every and recipe.sae.block not in files:
         raise BlockemError(f"block.monitor_every watches block {recipe.sae.block}, where no latent passed; set block.monitor_every=0")
-    parts = [_set_parts(session, sae, files.get(sae.block), name == "random") for sae in recipe.sae.each]
-    extra = content_key(
-        *parts[0][:2],
+    first, *further = (_set_parts(session, sae, files.get(sae.block), name == "random") for sae in recipe.sae.each)
+    extra = content_key(  # in the order that a key of one set has always had
+        *first[:2],
         asdict(config),
         adapter_key(adapter) if by_rule or config.directions else "",
-        *parts[0][2:],
+        *first[2:],
         prepare_anchor(session, adapter, name, sick),
-        *parts[1:],
+        *further,
     )
 
     def make(session: Session, rows: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
@@ -106,14 +106,14 @@ def block_step(
             facts["base_values_seconds"] = _keep_base_values(session, name, blocker, rows)
         session.console.say(f"  λ = {facts['lambda']:.4g} ({facts['rule']}), {what}")
         ascent, curve = _ascent(session, facts, losses.get("base"))
-        used: list[Defence] = [BlockEM(blocker, facts["lambda"], config.freeze_downstream, facts["p_mis"], ascent, curve)]
+        parts: list[Defence] = [BlockEM(blocker, facts["lambda"], config.freeze_downstream, facts["p_mis"], ascent, curve)]
         if config.monitor_every:
             facts["grown"] = []
-            used.append(_watchdog(session, name, blocker, adapter, facts["grown"]))
+            parts.append(_watchdog(session, name, blocker, adapter, facts["grown"]))
         if recipe.anchor.watch != "none":
             anchor, facts["anchor"] = make_anchor(session, adapter, name, facts["delta_sft"] or 0.0, blocker)
-            used.append(anchor)
-        return Together(used) if len(used) > 1 else used[0], facts
+            parts.append(anchor)
+        return Together(parts) if len(parts) > 1 else parts[0], facts
 
     return train_step(session, name, extra, make, rewrite=interleaving(session), keep_epochs=keep_epochs)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from blockem.config_training import AnchorConfig, BlockConfig, DefenceConfig, RoundsConfig, TrainConfig
-from blockem.config_values import build, need, plain, read_yaml
+from blockem.config_values import build, later, need, plain, read_yaml
 from blockem.errors import BlockemError
 
 
@@ -78,7 +78,7 @@ class SaeConfig:
     """Refuse an SAE that explains less of this model's variance ..."""
     allow_poor_fit: bool = False
     """... unless this says to go on all the same."""
-    more: tuple[str, ...] = ()
+    more: tuple[str, ...] = later(())
     """Further dictionaries at other blocks, each as ID@BLOCK: `run`, `discover` and `block` take them all together."""
 
     def __post_init__(self) -> None:
@@ -138,17 +138,13 @@ class DiscoverConfig:
     """With halving: pairs (or prompts) after which it looks whom to drop; the last look is always all of them."""
     stop_incoherent: bool = True
     """With halving: take incoherence to grow with strength, and measure none beyond one that is outside the budget."""
-    group: int = 0
+    group: int = later(0)
     """Where fewer than `keep` pass alone, test those that failed in groups of so many (0: never; with halving on all pairs)."""
 
     @property
     def effects(self) -> tuple[str, str]:
         """What stage 2 and stage 3 measure."""
         return self.effect, self.effect if self.rank_effect == "same" else self.rank_effect
-
-    def values(self) -> dict[str, Any]:
-        """The fields for keys and provenance; without groups their field is left out, so that older results keep their keys."""
-        return {name: value for name, value in asdict(self).items() if name != "group" or value}
 
     def __post_init__(self) -> None:
         need(self.tokens in ("prompt", "answer"), f"discover.tokens is {self.tokens!r}; use prompt or answer")

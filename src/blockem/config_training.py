@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blockem.config_values import need
+from blockem.config_values import later, need
 from blockem.defence_names import MOST_ROUNDS, check_strength
 
 
@@ -185,9 +185,9 @@ class AnchorConfig:
     """Beside the anchors, hold the selection pairs of the training domain, so many times each, at what plain fine-tuning reaches there."""
     max_new_tokens: int = 48
     """Length of the two models' own answers."""
-    interleave: float = 0.0
+    interleave: float = later(0.0)
     """Share of all rows that are healthy ones among the training rows (`interleaved` says which); 0: none."""
-    interleaved: str = "pairs"
+    interleaved: str = later("pairs")
     """`pairs`: right answers of the selection pairs (and, `keep` times each, wrong ones of the training domain's); `benign`: chat rows
     (defence.benign, else the bundled ones)."""
 

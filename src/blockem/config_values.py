@@ -42,6 +42,24 @@ def plain(value: Any) -> Any:
     return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
+def later(default: Any) -> Any:
+    """A field that came after results were kept: at its default it does not count in keys (`keyed`)."""
+    return dataclasses.field(default=default, metadata={"later": True})
+
+
+def keyed(config: Any) -> dict[str, Any]:
+    """The fields of a configuration for keys and provenance, nested ones too; later fields are left out at their default.
+
+    So what was finished before there was such a field keeps its key.
+    """
+    found = {}
+    for one in dataclasses.fields(config):
+        value = getattr(config, one.name)
+        if not (one.metadata.get("later") and value == one.default):
+            found[one.name] = keyed(value) if dataclasses.is_dataclass(value) else plain(value)
+    return found
+
+
 def convert(value: Any, kind: Any, path: str) -> Any:
     """A value, perhaps text as typed, as the kind of the field at `path`."""
     if typing.get_origin(kind) in (Union, types.UnionType):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from blockem import bundled
 from blockem.blocking_rounds import rounds_step
 from blockem.config import Recipe, dump_recipe
+from blockem.config_values import keyed
 from blockem.defence_names import BLOCK_EM, NEEDS_LATENTS
 from blockem.defend import check_files, defend_step, inference_hooks
 from blockem.errors import BlockemError
@@ -62,7 +63,7 @@ def discover_key(session: Session, adapter: Path) -> str:
         session.model_key,
         session.sae_key,
         adapter_key(adapter),
-        recipe.discover.values(),
+        keyed(recipe.discover),
         data.domain,
         source_key(data.pairs, "pairs.jsonl"),
         source_key(data.selection_prompts, "core_prompts.jsonl"),

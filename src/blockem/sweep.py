@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blockem.config_values import keyed
 from blockem.defence_names import BLOCK_EM
 from blockem.errors import BlockemError
 from blockem.executor import Executor, OneByOne, Outcome, attempt
@@ -104,9 +105,7 @@ def cell_key(session: Session, cell: Cell, out: Path) -> str:
     files = [file_key(Path(path)) for path in (data.heldout, data.prompts, data.selection_prompts, data.pairs, data.general) if path]
     latents = out / "cells" / (cell.latents_of or "") / "latents.json"
     source = file_key(latents) if cell.latents_of and latents.is_file() else cell.latents_of
-    recipe = {**session.recipe.to_dict(), "discover": session.recipe.discover.values()}
-    if not session.recipe.sae.more:
-        del recipe["sae"]["more"]  # cells that were finished before there was such a field stay so
+    recipe = keyed(session.recipe)
     return content_key("cell", version("blockem"), recipe, session.model_key, session.sae_key, session.data_key, files, source)
 
 

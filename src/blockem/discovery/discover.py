@@ -16,6 +16,7 @@ from torch import Tensor
 
 from blockem.bundled import Pair, Prompt
 from blockem.config import DiscoverConfig
+from blockem.config_values import keyed
 from blockem.dictionary import Dictionary
 from blockem.discovery.attribution import attributions, margin_gradient
 from blockem.discovery.bounds import looks
@@ -35,7 +36,29 @@ from blockem.steering import median_norm
 from blockem.store import content_key, write_text
 
 Dealt = TypeVar("Dealt", Pair, Prompt)
-Stages = Callable[..., tuple[list[Candidate], list[Candidate], dict[str, Any]]]
+Staged = tuple[list[Candidate], list[Candidate], dict[str, Any]]
+"""Who went on from stage 2, the chosen, and facts for the counts."""
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """With what stages 2 and 3 measure: effects by name, edits of directions at a norm, and where measurements are kept.
+
+    Attributes:
+        directions: `[d_model]` each, by latent (or by a group's number).
+        log, key: the file of measurements, and what they depend on.
+        bar: told of progress: what, how many are done, of how many.
+    """
+
+    effects: dict[str, ItemEffect]
+    directions: dict[int, Tensor]
+    norm: float
+    log: Path | None
+    key: str
+    bar: Callable[[str, int, int], None]
+
+
+Stages = Callable[[Measuring, list[Candidate], DiscoverConfig], Staged]
 
 
 @dataclass(frozen=True)
@@ -134,7 +157,7 @@ def discover(
         return PreferenceEffect(lm, some_pairs, block, chunks=_chunks(config, len(chosen_pairs)))
 
     effects = {name: effect_by(name) for name in dict.fromkeys(config.effects)}
-    kept, chosen, facts = screen_and_rank(effects, directions, norm, tested, config, log, key, bar)
+    kept, chosen, facts = screen_and_rank(Measuring(effects, directions, norm, log, key, bar), tested, config)
     passed = len(kept) + sum("weaker" in one.fate for one in tested)
     counts |= {"screened": len(tested), "passed": passed, "swept": len(kept), "chosen": len(chosen)}
     counts["fates"] = dict(Counter(without_number(one.fate) for one in candidates))
@@ -148,7 +171,7 @@ def discover(
         Latent(one.latent, one.sign, one.delta, one.best_induce, one.best_repair, one.best_induce_alpha, one.best_repair_alpha, one.score)
         for one in chosen
     )
-    provenance = {"stage": "discover", "config": config.values(), "pairs": len(chosen_pairs), "prompts": len(prompts)}
+    provenance = {"stage": "discover", "config": keyed(config), "pairs": len(chosen_pairs), "prompts": len(prompts)}
     found = LatentSet(lm.id, lm.revision, dictionary.id, dictionary.digest, block, latents, norm, provenance)
     return Discovery(found, candidates, delta, means["base"].frequency, counts)
 
@@ -157,41 +180,23 @@ def _chunks(config: DiscoverConfig, n: int) -> Chunks:
     return looks(config.rungs, n) if config.halving else ((0, n),)
 
 
-def screen_and_rank(
-    effects: dict[str, ItemEffect],
-    directions: dict[int, Tensor],
-    norm: float,
-    tested: list[Candidate],
-    config: DiscoverConfig,
-    log: Path | None,
-    key: str,
-    bar: Callable[[str, int, int], None],
-) -> tuple[list[Candidate], list[Candidate], dict[str, Any]]:
+def screen_and_rank(how: Measuring, tested: list[Candidate], config: DiscoverConfig) -> Staged:
     """Stages 2 and 3, of single latents and then of groups: (who went on from stage 2, the chosen, facts for the counts)."""
     stages = _halving if config.halving else _exhaustive
-    kept, chosen, facts = stages(effects, directions, norm, tested, config, log, key, bar)
+    kept, chosen, facts = stages(how, tested, config)
     room = (config.keep - len(kept)) // config.group if config.group else 0
     groups = groups_of(tested, kept, config.group) if room else []
     if not groups:
         return kept, chosen, facts
     for_groups = replace(config, keep=room, size=room, error=0.0, group=0)
-    members, units, facts["groups"] = _grouped(stages, effects, directions, norm, groups, for_groups, log, key, bar)
+    members, units, facts["groups"] = _grouped(stages, how, groups, for_groups)
     facts["units"] += units
     return kept + members, best_of_both(kept, groups, config.size), facts
 
 
-def _exhaustive(
-    effects: dict[str, ItemEffect],
-    directions: dict[int, Tensor],
-    norm: float,
-    tested: list[Candidate],
-    config: DiscoverConfig,
-    log: Path | None,
-    key: str,
-    bar: Callable[[str, int, int], None],
-) -> tuple[list[Candidate], list[Candidate], dict[str, Any]]:
+def _exhaustive(how: Measuring, tested: list[Candidate], config: DiscoverConfig) -> Staged:
     """Stages 2 and 3 on all pairs: (who went on from stage 2, the chosen, facts for the counts)."""
-    by = {name: Steered(effect, directions, norm, log, f"{key}-{name}") for name, effect in effects.items()}
+    by = {name: Steered(effect, how.directions, how.norm, how.log, f"{how.key}-{name}") for name, effect in how.effects.items()}
     first, last = (by[name] for name in config.effects)
     kept = screen(
         first,
@@ -201,7 +206,7 @@ def _exhaustive(
         config.alpha_repair,
         config.budget,
         config.budget_slack,
-        lambda done, total: bar("stage 2: induce and repair", done, total),
+        lambda done, total: how.bar("stage 2: induce and repair", done, total),
     )
     chosen = rank(
         last,
@@ -210,50 +215,33 @@ def _exhaustive(
         config.strengths,
         config.budget,
         config.budget_slack,
-        lambda done, total: bar("stage 3: strengths", done, total),
+        lambda done, total: how.bar("stage 3: strengths", done, total),
     )
-    n_first, n_last = (effects[name].chunks[-1][1] for name in config.effects)
+    n_first, n_last = (how.effects[name].chunks[-1][1] for name in config.effects)
     for one in tested:
         one.pairs = n_first
     for one in kept:
         one.pairs = n_last
-    units = sum(effects[name].chunks[-1][1] * sum(known[1] >= 0 for known in one.known) for name, one in by.items())
+    units = sum(how.effects[name].chunks[-1][1] * sum(known[1] >= 0 for known in one.known) for name, one in by.items())
     return kept, chosen, {"units": units, "unsteered": {variant: asdict(last.measure(variant)) for variant in ("base", "plain")}}
 
 
-def _halving(
-    effects: dict[str, ItemEffect],
-    directions: dict[int, Tensor],
-    norm: float,
-    tested: list[Candidate],
-    config: DiscoverConfig,
-    log: Path | None,
-    key: str,
-    bar: Callable[[str, int, int], None],
-) -> tuple[list[Candidate], list[Candidate], dict[str, Any]]:
+def _halving(how: Measuring, tested: list[Candidate], config: DiscoverConfig) -> Staged:
     """The same with halving; each stage may spend half the error."""
-    by = {name: Ledger(effect, directions, norm, log, f"{key}-{name}") for name, effect in effects.items()}
+    by = {name: Ledger(effect, how.directions, how.norm, how.log, f"{how.key}-{name}") for name, effect in how.effects.items()}
     first, last = (by[name] for name in config.effects)
     half = config.error / 2
     kept = screen_halving(
-        first, tested, config.keep, config.alpha_induce, config.alpha_repair, config.budget, config.budget_slack, half, bar
+        first, tested, config.keep, config.alpha_induce, config.alpha_repair, config.budget, config.budget_slack, half, how.bar
     )
-    chosen = rank_halving(last, kept, config.size, config.strengths, config.budget, config.budget_slack, half, config.stop_incoherent, bar)
+    chosen = rank_halving(
+        last, kept, config.size, config.strengths, config.budget, config.budget_slack, half, config.stop_incoherent, how.bar
+    )
     resting = {variant: asdict(last.items(unsteered(variant)).measurement()) for variant in ("base", "plain")}
     return kept, chosen, {"units": sum(one.units for one in by.values()), "unsteered": resting}
 
 
-def _grouped(
-    stages: Stages,
-    effects: dict[str, ItemEffect],
-    directions: dict[int, Tensor],
-    norm: float,
-    groups: list[Group],
-    config: DiscoverConfig,
-    log: Path | None,
-    key: str,
-    bar: Callable[[str, int, int], None],
-) -> tuple[list[Candidate], int, dict[str, int]]:
+def _grouped(stages: Stages, how: Measuring, groups: list[Group], config: DiscoverConfig) -> tuple[list[Candidate], int, dict[str, int]]:
     """Stages 2 and 3 on groups: (members that went on from stage 2, best group first; units measured; counts).
 
     `config` is that of the groups: its `keep` says how many whole ones there is room for, and error 0 that with halving none is dropped
@@ -261,16 +249,13 @@ def _grouped(
     """
     units, size = [group.unit for group in groups], len(groups[0].members)
     members = content_key([[(one.latent, one.sign) for one in group.members] for group in groups])
-    kept, _, facts = stages(
-        effects,
-        {group.unit.latent: group.direction(directions) for group in groups},
-        norm,
-        units,
-        config,
-        log,
-        f"{key}-groups-{members}",
-        lambda what, done, total: bar(f"{what}, groups of {size}", done, total),
+    of_groups = replace(
+        how,
+        directions={group.unit.latent: group.direction(how.directions) for group in groups},
+        key=f"{how.key}-groups-{members}",
+        bar=lambda what, done, total: how.bar(f"{what}, groups of {size}", done, total),
     )
+    kept, _, facts = stages(of_groups, units, config)
     for group in groups:
         group.tell()
     went_on = [one for unit in kept for one in groups[unit.latent - 1].members]
