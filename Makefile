@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# test files that run side by side, each on one thread: two such processes do more an hour than one with two threads
+WORKERS ?= 2
 
 .PHONY: setup demo test lint bench clean
 
@@ -21,7 +23,7 @@ demo: setup
 	$(BIN)/blockem demo --out demo
 
 test: setup lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

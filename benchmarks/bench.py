@@ -56,11 +56,12 @@ def measure(only: list[str], repeat: int) -> list[Measure]:
     found = []
     for name in only or GROUPS:
         print(f"bench: {name}", file=sys.stderr, flush=True)
-        began = time.perf_counter()
+        began, before = time.perf_counter(), len(found)
         try:
             found += group_of(name)(repeat)
         except Exception as error:  # a benchmark that breaks must not take the others with it
             found.append(Measure(name, "–", None, reason=f"{BROKEN}{type(error).__name__}: {error}"))
+        print("\n".join(line(one) for one in found[before:]), file=sys.stderr, flush=True)
         print(f"bench: {name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     return found
 

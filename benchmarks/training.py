@@ -117,7 +117,7 @@ def blocked_against_plain(repeat: int) -> list[Measure]:
     rows = rows_of(lm, 10 * BATCH)
     batches = [right_padded(rows[i : i + BATCH], lm.tokenizer.pad_token_id) for i in range(0, len(rows), BATCH)]
     online, cached = (Blocker(dictionary.rows(LATENTS), [1] * len(LATENTS), BLOCK) for _ in range(2))
-    cached.values = collect(lm, cached.read, cached.blocks, cached.key, rows)
+    values = cached.values = collect(lm, cached.read, cached.blocks, cached.key, rows)
     base = copy.deepcopy(lm.model)
     defence = Switch({"plain": Defence(), "online": BlockEM(online, 1.0), "cached": BlockEM(cached, 1.0)})
     defence.members["published"] = PublishedBlocking(base, dictionary, 1.0)
@@ -131,12 +131,22 @@ def blocked_against_plain(repeat: int) -> list[Measure]:
             turn[name] += 1
 
         taken = in_turn({name: lambda name=name: work(name) for name in defence.members}, max(repeat, 3))
-    whole = collect_share(rows, cached.values.seconds, taken)
+
+        def epoch(n: int) -> None:
+            """The base pass over so many batches and a step on each."""
+            cached.values = collect(lm, cached.read, cached.blocks, cached.key, rows[: n * BATCH])
+            with defence.only("cached", model):
+                for batch in batches[:n]:
+                    step(trainer, model, optimiser, batch)
+
+        grown = in_turn({"once": lambda: epoch(2), "4 times": lambda: epoch(8)}, 3)
+    whole = collect_share(rows, values.seconds, taken)
     return [
         ratio("blocked step, cached base latents", "plain SFT step, same trainer", taken["cached"], taken["plain"], 1.03),
         ratio("blocked step, on-line", "plain SFT step", taken["online"], taken["plain"], 1.35),
         whole,
         ratio("published way of blocking, in our own step", "ours, cached", taken["published"], taken["cached"], 1.5, False),
+        ratio("blocked training with 4 times the rows, base pass included", "once", grown["4 times"], grown["once"], 4.2),
     ]
 
 

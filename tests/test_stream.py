@@ -15,6 +15,7 @@ from blockem.forwards import blocks, decoder
 from blockem.generation import generate
 from blockem.model import LanguageModel, load_model
 from blockem.packing import can_pack, packed_weights
+from blockem.slots import attention, step_mask
 from blockem.steering import add_at_block
 from blockem.stream import Row, can_stream, decode
 
@@ -227,6 +228,20 @@ def test_settings_that_it_does_not_know_go_transformers_way(lm: LanguageModel, m
 def test_edits_of_a_wrong_shape_are_refused(lm: LanguageModel) -> None:
     with pytest.raises(ValueError, match="edits must be"):
         generate(lm, ["Hi?"], 4, block=tiny.BLOCK, edits=torch.zeros(2, tiny.D_MODEL))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("heads", [2, 6])
+def test_one_query_attends_as_pytorch_has_it(dtype: str, heads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    numbers = getattr(torch, dtype)
+    query, key, value = (torch.randn(3, n, t, 8, generator=generator).to(numbers) for n, t in ((heads, 1), (2, 20), (2, 20)))
+    mask = step_mask(torch.tensor([19, 4, 11]), 16, numbers)
+    key, value = key[:, :, :16], value[:, :, :16]
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
+    found, _ = attention(torch.nn.Identity(), query, key, value, mask, scaling=0.3)
+    assert found.shape == (3, 1, heads, 8)
+    assert torch.allclose(found.transpose(1, 2).float(), expected.float(), atol=1e-5 if dtype == "float32" else 2e-2)
 
 
 # weights laid out anew

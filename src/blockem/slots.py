@@ -78,6 +78,8 @@ class SlotCache(Cache):
         groups = self.keys.shape[2]
         self.rows = len(positions)
         self.bound = min(self.capacity, -(-(longest + 1) // STEP) * STEP)
+        if positions.device.type == "cpu" and 2 * self.bound >= self.capacity:
+            self.bound = self.capacity  # whole slots lie in one piece, parts are copied at every product
         starts = torch.arange(self.rows * groups, device=positions.device).view(self.rows, groups) * self.capacity
         self.at = (starts + positions[:, None]).view(-1)
         try:
@@ -104,10 +106,23 @@ def attention(
     """PyTorch's attention on grouped heads as they are: transformers repeats keys and values where there is a mask, a copy a step."""
     if attention_mask is None or kwargs.get("dropout") or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
         raise NotImplementedError("an attention that this one cannot stand in for")
+    if query.shape[2] == 1 and query.device.type == "cpu":
+        return _one_query(query, key, value, attention_mask, scaling), None
     found = nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
     return found.transpose(1, 2).contiguous(), None
+
+
+def _one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    """A decoding step's attention as two batched products, the heads of a group together; returns `[rows, 1, heads, width]`.
+
+    On a CPU PyTorch's fused kernel takes five to nine times as long for a single query in bfloat16.
+    """
+    rows, heads, _, width = query.shape
+    grouped = query.reshape(rows, key.shape[1], -1, width) * (width**-0.5 if scaling is None else scaling)
+    scores = grouped @ key.transpose(2, 3) + mask
+    return (scores.float().softmax(-1).to(value.dtype) @ value).view(rows, 1, heads, -1)
 
 
 @contextmanager

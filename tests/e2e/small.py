@@ -42,7 +42,7 @@ def command(*words: object) -> list[str]:
     return [sys.executable, "-m", "blockem", *map(str, words)]
 
 
-def blockem(*words: object, timeout: float = 600, **options: object) -> subprocess.CompletedProcess[str]:
+def blockem(*words: object, timeout: float = 1200, **options: object) -> subprocess.CompletedProcess[str]:
     """Run a command to its end and return what it printed."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command(*words), capture_output=True, text=True, timeout=timeout, env=environment, check=False, **options)  # type: ignore[call-overload,no-any-return]

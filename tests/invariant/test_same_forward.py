@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from blockem.forwards import blocks, capture, decoder, from_hidden, hidden_at, o
 from blockem.generation import generate
 from blockem.head import supervised_logprobs, watch_final
 from blockem.likelihood import completion_logprobs, encode_pairs
-from blockem.model import LanguageModel
+from blockem.model import LanguageModel, load_model
 from blockem.steered_rows import SteeredRows, prompt_length
 from blockem.steering import add_at_block
 
@@ -140,6 +141,28 @@ def test_rows_longer_than_an_attentions_window_are_scored_apart(lm: LanguageMode
     assert steered_rows.supports_sharing(lm, 9)
     monkeypatch.setattr(lm.model.config, "sliding_window", 8, raising=False)
     assert steered_rows.supports_sharing(lm, 8) and not steered_rows.supports_sharing(lm, 9)
+
+
+@pytest.mark.parametrize("mistake", [None, "sees", "stands"])
+def test_rounding_alone_does_not_part_answers_and_a_mistake_does(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, mistake: str | None
+) -> None:
+    real = steered_rows._apart
+
+    def mistaken(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        positions, mask = real(*given)
+        length = mask.shape[-1]
+        everything = torch.full((length, length), torch.finfo(mask.dtype).min, dtype=mask.dtype).triu_(1).expand_as(mask)
+        return (positions, everything) if mistake == "sees" else (torch.arange(length).expand_as(positions), mask)
+
+    if mistake:
+        monkeypatch.setattr(steered_rows, "_apart", mistaken)
+    for dtype in ("float32", "bfloat16"):
+        assert steered_rows.supports_sharing(load_model(str(tiny_folder), dtype=dtype, device="cpu")) is (mistake is None)
+
+
+def test_the_embedded_model_shares_rows_in_its_own_number_format() -> None:
+    assert steered_rows.supports_sharing(load_model(dtype="bfloat16", device="cpu"))
 
 
 def test_a_batch_of_edits_equals_one_edit_at_a_time(lm: LanguageModel) -> None:
