@@ -191,7 +191,7 @@ def _kinds(session: Session, name: str) -> list[list[Pair]]:
 
 def _unmoved() -> BlockemError:
     return BlockemError(
-        "plain fine-tuning moves none of these answers the wrong way, so there is nothing to anchor; leave anchor.watch out"
+        "plain fine-tuning does not change these answers the way that the anchor holds, so there is nothing to anchor; leave anchor.watch out"
     )
 
 
