@@ -15,6 +15,7 @@ from blockem import pipeline
 from blockem.evaluation import interval, mean
 from blockem.grid import grid_from
 from blockem.report.comparison import csv_text, plain_cell
+from blockem.report.comparison_words import recommendation_words
 from blockem.resampling import Draws, Ratio, choose, front, summary
 from blockem.sweep import compare_all
 
@@ -107,6 +108,13 @@ def test_settings_carry_every_measure_and_the_difference_to_plain(compared: tupl
     assert comparison["references"]["plain"]["kept"]["value"] == pytest.approx(1.0)
     assert comparison["references"]["base"]["kept"]["value"] == pytest.approx(0.0)
     assert strong["measures"]["cued_em"]["value"] == 1.0
+
+
+def test_where_plain_alone_keeps_the_rule_no_defence_is_said_to_fit(compared: tuple[dict[str, Any], Path]) -> None:
+    found = {**compared[0]["recommendation"], "setting": "plain", "qualified": ["plain"]}
+    assert recommendation_words({"recommendation": found})[0].startswith("None of these defences fits")
+    several = {**found, "qualified": ["plain", "kl"]}
+    assert recommendation_words({"recommendation": several})[0].startswith("Use no defence")
 
 
 def test_the_recommendation_keeps_the_task_and_says_how_sure_it_is(compared: tuple[dict[str, Any], Path]) -> None:

@@ -105,7 +105,10 @@ def recommendation_words(comparison: Mapping[str, Any]) -> list[str]:
         value = interval(found_["measures"].get(found_["measure"]))
         change = interval(found_["change"])
         name = found_["setting"]
-        start = "Use no defence" if name == "plain" else f"Use {name}"
+        if name == "plain" and found_["qualified"] == ["plain"]:
+            start = "None of these defences fits; compare others, or state another keep_adherence or more_incoherence"
+        else:
+            start = "Use no defence" if name == "plain" else f"Use {name}"
         said = [f"{start}: of the {found_['candidates']} settings compared, plain among them, {name} is the lowest in {measure}"]
         said[0] += f", {full(value)}, of those that {rule}." if value else f" of those that {rule}."
         if change:
