@@ -191,7 +191,7 @@ def _kinds(session: Session, name: str) -> list[list[Pair]]:
 
 def _unmoved() -> BlockemError:
     return BlockemError(
-        "plain fine-tuning does not change these answers the way that the anchor holds, so there is nothing to anchor; leave anchor.watch out"
+        "plain fine-tuning does not move these answers in the direction that is held, so there is nothing to anchor; leave anchor.watch out"
     )
 
 
