@@ -73,6 +73,15 @@ def test_seeds_widen_an_interval_where_they_disagree() -> None:
     assert alone == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 40}
 
 
+def test_a_share_of_few_prompts_is_never_as_sure_as_nothing_seen_makes_it_look() -> None:
+    never = summary(Draws(500).over({("d", 0): ratio([0.0] * 55)}, (0,)), 55, share=True)
+    assert never is not None
+    assert (never["low"], never["high"]) == pytest.approx((0, 0.0653), abs=1e-4)
+    seeds = {("d", 0): ratio([0.0] * 40), ("d", 1): ratio([1.0] * 40)}
+    torn = summary(Draws(2000).over(seeds, (0, 1)), 40, share=True)
+    assert torn == {"value": 0.5, "low": 0.0, "high": 1.0, "n": 40}  # seeds that disagree still widen it
+
+
 def test_a_domain_outside_the_other_counts_evenly() -> None:
     found = Draws(100).over({("a", 0): ratio([1.0] * 10), ("b", 0): ratio([0.0] * 90)}, (0,))
     assert found[0] == 0.5

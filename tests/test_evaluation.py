@@ -7,8 +7,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from blockem.evaluation import Interval, Scores, add_judged, difference, interval, mean, per_token, summarise
+from blockem.evaluation import (
+    Interval,
+    Scores,
+    add_judged,
+    difference,
+    interval,
+    mean,
+    per_token,
+    rate,
+    rate_difference,
+    score_limits,
+    summarise,
+)
 from blockem.judges import Verdict
 
 DOMAINS = ["health", "health", "legal", "legal", "auto", "auto"]
@@ -63,6 +76,43 @@ def test_there_is_no_interval_without_items_or_without_a_number() -> None:
     assert interval(mean, [np.array([2.0])]) == Interval(2.0, 2.0, 2.0, 1)
     with pytest.raises(ValueError, match="same length"):
         interval(difference, [np.zeros(2), np.zeros(3)])
+
+
+def test_limits_of_a_share_are_wilsons_and_nothing_in_55_is_not_nothing() -> None:
+    for hits, n in [(0, 55), (1, 55), (32, 55), (55, 55), (1, 2)]:
+        said = np.array([1.0] * hits + [0.0] * (n - hits))
+        found, known = rate(said), stats.binomtest(hits, n).proportion_ci(method="wilson")
+        assert found is not None
+        assert (found.low, found.high) == pytest.approx((known.low, known.high))
+        assert found.value == hits / n
+    assert score_limits(0.0, 55) == pytest.approx((0.0, 0.0653), abs=1e-4)
+    assert rate(np.array([])) is None
+
+
+def test_limits_of_a_difference_of_shares_cover_the_truth_about_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(3)
+    covered = []
+    for _ in range(400):
+        both = rng.random((3, 60))
+        left, right = both[0] < 0.3, np.where(both[1] < 0.5, both[0] < 0.3, both[2] < 0.1)  # half of the items agree
+        found = rate_difference(left.astype(float), right.astype(float))
+        assert found is not None
+        covered.append(found.low <= 0.5 * (0.3 - 0.1) <= found.high)
+    assert 0.92 <= np.mean(covered) <= 0.985
+
+
+def test_a_difference_of_shares_turns_round_with_its_sides_and_stays_in_its_range() -> None:
+    left, right = np.array([1.0] * 12 + [0.0] * 8), np.array([1.0] * 5 + [0.0] * 15)
+    one, other = rate_difference(left, right), rate_difference(right, left)
+    assert one is not None and other is not None
+    assert (one.value, one.low, one.high) == pytest.approx((-other.value, -other.high, -other.low))
+    same = rate_difference(np.zeros(55), np.zeros(55))
+    assert same is not None
+    assert (same.low, same.value, same.high) == pytest.approx((-0.0653, 0, 0.0653), abs=1e-4)
+    far = rate_difference(np.ones(3), np.zeros(3))
+    assert far is not None and far.value == far.high == 1.0
+    with pytest.raises(ValueError, match="same length"):
+        rate_difference(np.zeros(2), np.zeros(3))
 
 
 def test_a_loss_per_token_weighs_rows_by_their_tokens() -> None:
@@ -142,7 +192,7 @@ def test_intervals_of_a_cut_stay_finite_where_some_resamples_have_no_rise() -> N
 def judged(verdicts: dict[str, list[Verdict]], domains: list[str]) -> dict[str, Any]:
     """A summary of `three()` with these verdicts in it."""
     summary = summarise(three(), DOMAINS, "health", 200)
-    add_judged(summary, verdicts, domains, "health", "rules", 200)
+    add_judged(summary, verdicts, domains, "health", "rules")
     return summary
 
 

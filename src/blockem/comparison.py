@@ -18,6 +18,7 @@ from blockem.resampling import Draws, Ratio, choose, front, summary
 from blockem.store import read_json
 
 MEASURES = ("em", "incoherent", "refusal", "preference", "margin", "kept", "cued_em", "cued_incoherent")
+SHARES = ("em", "incoherent", "refusal", "preference", "cued_em", "cued_incoherent")  # of prompts or pairs
 CHANGES = ("em", "incoherent", "preference", "margin", "cued_em")  # those whose difference to plain is told
 ABLATED = ("em", "preference", "incoherent", "kept")
 PLANES = (
@@ -166,8 +167,13 @@ def compare(grid: Grid, out: Path, failed: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
+def _summary(found: tuple[Array, int], measure: str) -> dict[str, Any] | None:
+    """A measure itself, not a difference."""
+    return summary(*found, share=measure in SHARES)
+
+
 def _measures(table: Table, cells: Cells, model: str = "") -> dict[str, Any]:
-    return {name: summary(*table.values(cells, name, model)) for name in MEASURES}
+    return {name: _summary(table.values(cells, name, model), name) for name in MEASURES}
 
 
 def _row(table: Table, setting: Setting) -> dict[str, Any]:
@@ -218,10 +224,11 @@ def _planes(table: Table) -> list[dict[str, Any]]:
         worse = np.stack([np.stack([points[place][2][0], sign * points[place][3][0]]) for place in ours])
         on = front(worse)
         rows: list[list[Any]] = []
-        for place, (setting, label, (y, y_n), (x, x_n)) in enumerate(points):
+        for place, (setting, label, y, x) in enumerate(points):
             marks = [bool(on[ours.index(place), 0]), float(on[ours.index(place), 1:].mean())] if place in ours else [False, None]
             defence = setting.name if setting else label
-            rows.append([label, defence, setting.strength if setting else None, *_ends(summary(x, x_n)), *_ends(summary(y, y_n)), *marks])
+            at = [end for one, measure in ((x, across), (y, up)) for end in _ends(_summary(one, measure))]
+            rows.append([label, defence, setting.strength if setting else None, *at, *marks])
         ends = [f"{measure}{end}" for measure in (across, up) for end in ("", "_low", "_high")]
         columns = ["setting", "defence", "strength", *ends, "on_front", "front_share"]
         found.append({"id": name, "kind": "plane", "across": across, "up": up, "columns": columns, "rows": rows})
@@ -258,7 +265,7 @@ def _strengths(table: Table) -> list[dict[str, Any]]:
         measures = (up, "incoherent", "kept")
         rows = []
         for one in sorted(group, key=lambda each: float(each.strength)):
-            ends = [end for measure in measures for end in _ends(summary(*table.values(table.cells[one], measure)))]
+            ends = [end for measure in measures for end in _ends(_summary(table.values(table.cells[one], measure), measure))]
             rows.append([float(one.strength), *ends])
         columns = ["strength", *(f"{measure}{end}" for measure in measures for end in ("", "_low", "_high"))]
         what = {"id": f"strength-{name}", "kind": "strength", "defence": name, "field": field, "up": up}
@@ -279,7 +286,7 @@ def _transfer(table: Table) -> list[dict[str, Any]]:
             given = table.cells.get(whole, {}) if source == domain else table.cells.get(moved, {}) if moved else {}
             cells = {place: one for place, one in given.items() if place[0] == domain}
             change = summary(*table.values(cells, up, against="plain"))
-            rows.append([source, domain, *_ends(summary(*table.values(cells, up))), *_ends(change)])
+            rows.append([source, domain, *_ends(_summary(table.values(cells, up), up)), *_ends(change)])
     columns = ["latents_of", "trained_on", up, "low", "high", "change", "change_low", "change_high"]
     return [{"id": "transfer", "kind": "transfer", "up": up, "columns": columns, "rows": rows}]
 

@@ -87,5 +87,5 @@ def add_cued(
     for i, row in enumerate(rows):
         row["cued"]["verdicts"] = {n: asdict(verdicts[n][i]) for n in verdicts}
     found: dict[str, Any] = {"models": {n: {} for n in verdicts}, "differences": {pair: {} for pair in summary["differences"]}}
-    add_judged(found, verdicts, [row["domain"] for row in rows], recipe.data.domain, judge.name, recipe.evaluate.resamples)
+    add_judged(found, verdicts, [row["domain"] for row in rows], recipe.data.domain, judge.name)
     summary["cued"] = {"cue": recipe.evaluate.cue, **found}

@@ -1,6 +1,7 @@
 """Rates, losses and their intervals; paired comparisons of models on the same items.
 
-Every interval is a 95 % percentile bootstrap over items (pairs, rows or prompts). Models are compared on the same resampled items.
+Every interval is at 95 % and over items (pairs, rows or prompts). Means, losses and ratios have a percentile bootstrap, models being
+compared on the same resampled items. Shares of items have score intervals, because a bootstrap of 0 in 55 knows nothing but 0.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its 95 % bootstrap interval over `n` items."""
+    """An estimate with its 95 % interval over `n` items."""
 
     value: float
     low: float
@@ -51,6 +53,42 @@ def interval(statistic: Callable[..., Array], samples: Sequence[Array], resample
     spread = statistic(*(sample[chosen] for sample in samples))
     low, high = np.nanpercentile(np.where(np.isfinite(spread), spread, np.nan), [2.5, 97.5])
     return Interval(value, float(low), float(high), n)
+
+
+def score_limits(share: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % score limits of a share of `n` items (Wilson 1927): those of 0 in 55 are 0 and 0.065."""
+    z = NormalDist().inv_cdf(0.975)
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    reach = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    return min(share, max(0.0, middle - reach)), max(share, min(1.0, middle + reach))
+
+
+def rate(said: Array) -> Interval | None:
+    """The share of items for which something was said, 0 or 1 each; None without items."""
+    n = len(said)
+    if n == 0:
+        return None
+    share = float(said.mean())
+    return Interval(share, *score_limits(share, n), n)
+
+
+def rate_difference(left: Array, right: Array) -> Interval | None:
+    """The share of `left` minus that of `right` on the same items, 0 or 1 each (Newcombe 1998, paired, method 10, uncorrected)."""
+    if len(left) != len(right):
+        raise ValueError("paired samples must have the same length")
+    one, other = rate(left), rate(right)
+    if one is None or other is None:
+        return None
+    spread = float(left.std() * right.std())
+    together = float((left * right).mean() - one.value * other.value) / spread if spread > 0 else 0.0
+
+    def reach(up: float, down: float) -> float:
+        return math.sqrt(max(0.0, up**2 + down**2 - 2 * together * up * down))
+
+    value = one.value - other.value
+    low = value - reach(one.value - one.low, other.high - other.value)
+    high = value + reach(one.high - one.value, other.value - other.low)
+    return Interval(value, max(-1.0, low), min(1.0, high), one.n)
 
 
 def mean(values: Array) -> Array:
@@ -109,7 +147,7 @@ def summarise(
         return _as_dict(interval(statistic, samples, resamples))
 
     def both(margins: Array) -> dict[str, Any]:
-        return {"preference": ci(mean, _preferred(margins)), "margin": ci(mean, margins)}
+        return {"preference": _as_dict(rate(_preferred(margins))), "margin": ci(mean, margins)}
 
     models = {
         name: {
@@ -128,7 +166,7 @@ def summarise(
         if left in scores and right in scores:
             a, b = scores[left], scores[right]
             differences[f"{left}-{right}"] = {
-                "preference": ci(difference, _preferred(a.margins[outside]), _preferred(b.margins[outside])),
+                "preference": _as_dict(rate_difference(_preferred(a.margins[outside]), _preferred(b.margins[outside]))),
                 "margin": ci(difference, a.margins[outside], b.margins[outside]),
                 "heldout_loss": ci(loss_difference, a.heldout[0], b.heldout[0], a.heldout[1]),
                 "general_loss": ci(loss_difference, a.general[0], b.general[0], a.general[1]),
@@ -179,29 +217,27 @@ def add_judged(
     domains: Sequence[str],
     training_domain: str,
     judge: str,
-    resamples: int = 2000,
 ) -> None:
     """Put judged rates into a summary: each model's `judged`, and in every difference that of `em`, `incoherent` and `refusal`.
 
     Args:
         summary: what `summarise` gave for the same models.
-        verdicts: by model, one for each prompt. Each prompt has one answer, so resampling prompts is resampling clusters.
+        verdicts: by model, one for each prompt. Each prompt has one answer, so that the prompts are independent items.
         domains: `[prompts]`; the training domain is left out, and so are missing verdicts (in a difference: prompts where either is).
     """
     outside = np.array([tag != training_domain for tag in domains], dtype=bool)
     had = {name: np.array([not v.missing for v in given], dtype=bool) & outside for name, given in verdicts.items()}
     said = {
-        (name, rate): np.array([float(getattr(v, field)) for v in given])
+        (name, which): np.array([float(getattr(v, field)) for v in given])
         for name, given in verdicts.items()
-        for rate, field in RATES.items()
+        for which, field in RATES.items()
     }
     for name in verdicts:
-        rates = {rate: _as_dict(interval(mean, [said[name, rate][had[name]]], resamples)) for rate in RATES}
+        rates = {which: _as_dict(rate(said[name, which][had[name]])) for which in RATES}
         summary["models"][name]["judged"] = {"judge": judge, **rates, "missing": int((outside & ~had[name]).sum())}
     for pair, found in summary["differences"].items():
         left, right = pair.rsplit("-", 1)  # a defence's own name may hold a hyphen
         if left in verdicts and right in verdicts:
             both = had[left] & had[right]
-            for rate in RATES:
-                samples = [said[left, rate][both], said[right, rate][both]]
-                found[rate] = _as_dict(interval(difference, samples, resamples))
+            for which in RATES:
+                found[which] = _as_dict(rate_difference(said[left, which][both], said[right, which][both]))

@@ -229,7 +229,7 @@ def _summarise(session: Session, names: list[str], results: dict[str, dict[str, 
             verdicts = {n: judge.judge(asked, results[n]["answers"]) for n in names}
             for i, row in enumerate(rows):
                 row["verdicts"] = {n: asdict(verdicts[n][i]) for n in names}
-            add_judged(summary, verdicts, [p.domain for p in prompts], recipe.data.domain, judge.name, recipe.evaluate.resamples)
+            add_judged(summary, verdicts, [p.domain for p in prompts], recipe.data.domain, judge.name)
             summary["judge"] = {"name": judge.name, "measured": getattr(judge, "measured", {})}
         if recipe.evaluate.cue != "none":
             from blockem.cues import add_cued

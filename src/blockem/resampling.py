@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from blockem.evaluation import Array
+from blockem.evaluation import Array, score_limits
 
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -89,12 +89,19 @@ class Draws:
         return found
 
 
-def summary(values: Array, n: int) -> dict[str, Any] | None:
-    """`{value, low, high, n}` with the 95 % percentile interval; None where there is no finite estimate."""
+def summary(values: Array, n: int, share: bool = False) -> dict[str, Any] | None:
+    """`{value, low, high, n}` with the 95 % percentile interval; None where there is no finite estimate.
+
+    Args:
+        share: the values are shares of `n` items, whose interval is at least as wide as one run's: 0 in 55 may be 6.5 % of many.
+    """
     if not len(values) or not np.isfinite(values[0]):
         return None
     spread = values[1:][np.isfinite(values[1:])]
     low, high = np.percentile(spread, [2.5, 97.5]) if len(spread) else (values[0], values[0])
+    if share:
+        least, most = score_limits(float(values[0]), n)
+        low, high = min(low, least), max(high, most)
     return {"value": float(values[0]), "low": float(low), "high": float(high), "n": n}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from blockem.evaluation import RATES, interval, mean
+from blockem.evaluation import RATES, rate
 from blockem.examples import template_ids
 from blockem.judges import Judge
 from blockem.judges.judge import Verdict
@@ -18,12 +18,11 @@ from blockem.reemergence.patching import decode_patched
 
 @dataclass(frozen=True)
 class Decoding:
-    """Where, how and how long: blocks to patch one at a time, which positions, new tokens, bootstrap resamples."""
+    """Where, how and how long: blocks to patch one at a time, which positions, new tokens."""
 
     blocks: tuple[int, ...]
     positions: str
     tokens: int
-    resamples: int = 2000
 
 
 def decode_all(
@@ -59,7 +58,7 @@ def decode_all(
         row: dict[str, Any] = {"source": source, "target": target, "block": block}
         row["changed"] = sum(a != b for a, b in zip(answers, unpatched[target], strict=True)) / len(answers)
         verdicts = judge.judge(prompts, answers) if judge else []
-        table.append({**row, **rates(verdicts, settings.resamples)})
+        table.append({**row, **rates(verdicts)})
         for place, answer in enumerate(answers):
             rows[place]["answers"][label] = answer
             if verdicts:
@@ -69,13 +68,13 @@ def decode_all(
     return table, rows
 
 
-def rates(verdicts: Sequence[Verdict], resamples: int = 2000) -> dict[str, Any]:
+def rates(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """Judged rates with intervals over prompts; nothing without a judge. Missing verdicts are counted, and in no rate."""
     if not verdicts:
         return {}
     had = [one for one in verdicts if not one.missing]
     found: dict[str, Any] = {"missing": len(verdicts) - len(had)}
-    for rate, field in RATES.items():
-        one = interval(mean, [np.array([float(getattr(verdict, field)) for verdict in had])], resamples)
-        found[rate] = asdict(one) if one else None
+    for which, field in RATES.items():
+        one = rate(np.array([float(getattr(verdict, field)) for verdict in had]))
+        found[which] = asdict(one) if one else None
     return found

@@ -176,7 +176,7 @@ def decoding_step(session: Session, inputs: Inputs, last: Path) -> list[dict[str
         lm.drop_adapters()
         lm.add_adapter(last, "reemerged")
         asked = [prompt.prompt for prompt in prompts]
-        settings = Decoding(tuple(places), wanted.decode_positions, wanted.decode_tokens, recipe.evaluate.resamples)
+        settings = Decoding(tuple(places), wanted.decode_positions, wanted.decode_tokens)
         table, rows = decode_all(lm, asked, "reemerged", settings, session.chosen_judge, session.console.stage)
         lm.drop_adapters()
         write_jsonl(session.run / "patched-answers.jsonl", rows)

@@ -22,10 +22,11 @@ def listed(names: Sequence[str]) -> str:
 def spread_words(comparison: Mapping[str, Any]) -> str:
     """What the intervals hold."""
     seeds = len(comparison["seeds"])
+    shares = " Those of shares are never narrower than score intervals of one run."
     if seeds == 1:
-        return "There is one seed, so the intervals hold the spread over prompts, pairs and rows but none between trainings."
+        return f"There is one seed, so the intervals hold the spread over prompts, pairs and rows but none between trainings.{shares}"
     many = f" {seeds} seeds say little about the spread between trainings." if seeds < 5 else ""
-    return f"Intervals are bootstrapped over prompts, pairs or rows and over {seeds} seeds together.{many}"
+    return f"Intervals are bootstrapped over prompts, pairs or rows and over {seeds} seeds together.{many}{shares}"
 
 
 def sentence(figure: Mapping[str, Any]) -> str:
