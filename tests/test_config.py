@@ -131,6 +131,7 @@ def test_a_wrong_recipe_is_one_sentence_that_names_the_field(tmp_path: Path, tex
         ({"block.measure": "z"}, "block.measure is 'z'; use latent or preactivation"),
         ({"block.control": "shuffled"}, "block.control is 'shuffled'"),
         ({"evaluate.resamples": 10}, "evaluate.resamples is 10; use at least 100"),
+        ({"evaluate.judge": "https://me:hunter2@judge.example/v1"}, "evaluate.judge holds a user name or a password"),
     ],
 )
 def test_a_value_out_of_range_is_refused_at_construction(changes: dict[str, Any], sentence: str) -> None:

@@ -191,6 +191,14 @@ class EvaluateConfig:
         need(self.resamples >= 100, f"evaluate.resamples is {self.resamples}; use at least 100")
         need(self.max_new_tokens > 0, "evaluate.max_new_tokens must be positive")
         need(self.temperature >= 0, f"evaluate.temperature is {self.temperature}; 0 is greedy")
+        if self.judge.startswith(("http://", "https://")):
+            from blockem.judges.address import Address
+
+            need(
+                not Address(self.judge, "OPENAI_API_KEY").has_credentials,
+                "evaluate.judge holds a user name or a password, and a run folder keeps its recipe: "
+                "leave them out of the address and put the key into OPENAI_API_KEY",
+            )
         need(self.cue in ("none", "training"), f"evaluate.cue is {self.cue!r}; use none or training")
 
 

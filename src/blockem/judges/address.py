@@ -33,6 +33,11 @@ class Address:
         self._basic = f"{unquote(user)}:{unquote(password)}" if user or password else ""
         self._secrets = [secret for secret in (self._basic, password, unquote(password), "" if password else unquote(user)) if secret]
 
+    @property
+    def has_credentials(self) -> bool:
+        """Whether the URL itself held a user or a password."""
+        return bool(self._basic)
+
     def __repr__(self) -> str:
         return f"Address({self.shown!r})"
 
