@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,48 @@ def test_training_writes_a_folder_that_loads_and_explains_the_model(lm: Language
     assert card["settings"]["architecture"] == architecture
     assert card["held_out"]["variance_explained"] == pytest.approx(fit.variance_explained)
     assert [path.name for path in tmp_path.iterdir()] == ["sae"]
+
+
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+def test_a_killed_training_goes_on_and_ends_with_the_same_files(lm: LanguageModel, tmp_path: Path, architecture: str) -> None:
+    settings = SaeTraining(tiny.BLOCK, 64, 8, architecture, l0_coefficient=0.01, epochs=9, lr=1e-2, batch=128, store_dtype="float32")
+    whole, fit = train_dictionary(lm, TEXTS, settings, tmp_path / "whole")
+    told: list[tuple[str, int]] = []
+
+    def kill(what: str, done: int, total: int) -> None:
+        told.append((what, done))
+        if what == "training" and done > 0.7 * total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_dictionary(lm, TEXTS, settings, tmp_path / "sae", kill)
+    assert not (tmp_path / "sae").exists()
+    reached = told[-1][1]
+    told.clear()
+    again, found = train_dictionary(lm, TEXTS, settings, tmp_path / "sae", lambda what, done, _total: told.append((what, done)))
+    assert {what for what, _ in told} == {"training"}  # the activations were kept
+    assert reached / 2 < told[0][1] <= reached
+    assert (again.digest, found) == (whole.digest, fit)
+    for name in ("cfg.json", "card.json", "sae_weights.safetensors"):
+        assert (tmp_path / "sae" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sae", "whole"]
+
+
+def test_a_finished_training_is_loaded_and_another_one_takes_its_place(lm: LanguageModel, tmp_path: Path) -> None:
+    settings = SaeTraining(tiny.BLOCK, 64, 8, epochs=1, lr=1e-2, batch=128)
+    told: list[str] = []
+    first, fit = train_dictionary(lm, TEXTS, settings, tmp_path / "sae")
+    again = train_dictionary(lm, TEXTS, settings, tmp_path / "sae", lambda what, _done, _total: told.append(what))
+    assert (again[0].digest, again[1], told) == (first.digest, fit, [])
+    with pytest.raises(KeyboardInterrupt):
+        train_dictionary(lm, TEXTS[1:], settings, tmp_path / "sae", _stop)
+    other, _ = train_dictionary(lm, TEXTS, replace(settings, seed=1), tmp_path / "sae", lambda what, _done, _total: told.append(what))
+    assert set(told) == {"activations", "training"} and other.digest != first.digest  # nothing of the killed one's was taken
+
+
+def _stop(what: str, done: int, total: int) -> None:
+    if what == "training" and done > total / 2:
+        raise KeyboardInterrupt
 
 
 def test_one_pass_over_the_data_trains_the_same_as_one_a_block(lm: LanguageModel, tmp_path: Path) -> None:

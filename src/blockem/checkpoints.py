@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +43,9 @@ class SafeTrainer(Trainer):
         from safetensors.torch import save_file
 
         assert self.optimizer is not None and self.lr_scheduler is not None
-        state = self.optimizer.state_dict()
-        tensors, scalars = {}, {}
-        for index, values in state["state"].items():
-            for name, value in values.items():
-                if isinstance(value, Tensor):
-                    tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
-                else:
-                    scalars[f"{index}.{name}"] = value
+        tensors, record = optimizer_state(self.optimizer, self.lr_scheduler)
         save_file(tensors, Path(output_dir) / "optimizer.safetensors")
-        schedule = {k: v for k, v in self.lr_scheduler.state_dict().items() if _is_plain(v)}
-        record = {
-            "groups": [{k: v for k, v in group.items() if _is_plain(v)} for group in state["param_groups"]],
-            "scalars": scalars,
-            "schedule": schedule,
-            "own": self.own_state(),
-        }
-        (Path(output_dir) / "optimizer.json").write_text(json.dumps(record), encoding="utf-8")
+        (Path(output_dir) / "optimizer.json").write_text(json.dumps({**record, "own": self.own_state()}), encoding="utf-8")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         from safetensors.torch import load_file
@@ -68,12 +54,7 @@ class SafeTrainer(Trainer):
             return
         assert self.optimizer is not None and self.lr_scheduler is not None
         record = json.loads((Path(checkpoint) / "optimizer.json").read_text(encoding="utf-8"))
-        state: dict[int, dict[str, Any]] = {}
-        for name, value in [*load_file(Path(checkpoint) / "optimizer.safetensors").items(), *record["scalars"].items()]:
-            index, _, field = name.partition(".")
-            state.setdefault(int(index), {})[field] = value
-        self.optimizer.load_state_dict({"state": state, "param_groups": record["groups"]})
-        self.lr_scheduler.load_state_dict(record["schedule"])
+        set_optimizer_state(self.optimizer, self.lr_scheduler, load_file(Path(checkpoint) / "optimizer.safetensors"), record)
         self.set_own_state(record["own"])
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -97,6 +78,31 @@ class SafeTrainer(Trainer):
         np.random.set_state((name, tensors["numpy"].numpy(), int(position), int(has_gauss), cached))
         version, values, gauss = record["python"]
         random.setstate((version, tuple(values), gauss))
+
+
+def optimizer_state(optimizer: Any, scheduler: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What an optimizer and its schedule go on from: tensors by name, and the rest, JSON-able."""
+    state = optimizer.state_dict()
+    tensors, scalars = {}, {}
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+            else:
+                scalars[f"{index}.{name}"] = value
+    schedule = {k: v for k, v in scheduler.state_dict().items() if _is_plain(v)}
+    groups = [{k: v for k, v in group.items() if _is_plain(v)} for group in state["param_groups"]]
+    return tensors, {"groups": groups, "scalars": scalars, "schedule": schedule}
+
+
+def set_optimizer_state(optimizer: Any, scheduler: Any, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Take back what `optimizer_state` gave."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in [*tensors.items(), *record["scalars"].items()]:
+        index, _, field = name.partition(".")
+        state.setdefault(int(index), {})[field] = value
+    optimizer.load_state_dict({"state": state, "param_groups": record["groups"]})
+    scheduler.load_state_dict(record["schedule"])
 
 
 def _is_plain(value: Any) -> bool:

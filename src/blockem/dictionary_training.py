@@ -1,7 +1,13 @@
-"""Training a small SAE with SAELens on the activations of any model at any block, in minutes on a CPU."""
+"""Training a small SAE with SAELens on the activations of any model at any block, in minutes on a CPU.
+
+OUT.making/key                       what the training depends on; scratch of anything else is removed
+OUT.making/activations.safetensors   of the training rows and of those held out, kept until the SAE is done
+OUT.making/checkpoint.safetensors    weights, optimizer and counters, about twenty times a training
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +22,10 @@ from blockem.dictionary import Dictionary, Fit, activations_at, load_dictionary,
 from blockem.errors import BlockemError
 from blockem.examples import Example
 from blockem.model import LanguageModel
-from blockem.store import write_json
+from blockem.store import claim_scratch, content_key, read_json, write_json, write_tensors
+
+ACTIVATIONS, CHECKPOINT = "activations.safetensors", "checkpoint.safetensors"
+CHECKPOINTS = 20
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,8 @@ def train_dictionary(
 ) -> tuple[Dictionary, Fit]:
     """Train an SAE, write it to `out` in SAELens format with `card.json`, and measure it on rows it never saw.
 
-    The folder appears whole or not at all. Returns the SAE as loaded back from disk, and its fit on held-out tokens.
+    The folder appears whole or not at all. Returns the SAE as loaded back from disk, and its fit on held-out tokens. A killed training
+    goes on where it was when it is asked for again, and one that is finished is only loaded.
     """
     return train_dictionaries(lm, examples, {settings.block: out}, settings, progress)[settings.block]
 
@@ -77,7 +87,7 @@ def train_dictionaries(
     settings: SaeTraining,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[int, tuple[Dictionary, Fit]]:
-    """The same at several blocks, from one pass over the data, whose activations are all in memory at once.
+    """The same at several blocks, from one pass over the data, whose activations are all in memory and then on disk until they are used.
 
     Args:
         outs: the folder to write, by block; `settings.block` is not looked at.
@@ -87,26 +97,51 @@ def train_dictionaries(
     if len(examples) <= n_held:
         raise BlockemError(f"{len(examples)} rows are too few to train an SAE on and hold some out")
     bar = progress or (lambda _what, _done, _total: None)
-    blocks = list(outs)
-    held = activations_at(lm, [examples[i] for i in order[:n_held]], blocks, settings.max_tokens)
-    acts = activations_at(
-        lm,
-        [examples[i] for i in order[n_held:]],
-        blocks,
-        settings.max_tokens,
-        settings.max_activations,
-        progress=lambda done, total: bar("activations", done, total),
-    )
-    found = {}
-    for block, out in outs.items():
-        found[block] = _train(lm, acts.pop(block), held.pop(block), replace(settings, block=block), out, bar)
-    return found
+    rows = [[list(part) for part in example.messages] for example in examples]
+    keys = {block: content_key("sae", lm.id, lm.revision, rows, asdict(replace(settings, block=block))) for block in outs}
+    todo = [block for block, out in outs.items() if not _is_done(out, keys[block])]
+    missing = [block for block in todo if not _has_activations(_scratch(outs[block]), keys[block])]
+    if missing:
+        held = activations_at(lm, [examples[i] for i in order[:n_held]], missing, settings.max_tokens)
+        acts = activations_at(
+            lm,
+            [examples[i] for i in order[n_held:]],
+            missing,
+            settings.max_tokens,
+            settings.max_activations,
+            progress=lambda done, total: bar("activations", done, total),
+        )
+        found = len(acts[missing[0]])
+        if settings.epochs * found < settings.batch:
+            raise BlockemError(f"{found} activations do not fill one batch of {settings.batch}; give more text or a smaller batch")
+        for block in missing:
+            scratch = _scratch(outs[block])
+            claim_scratch(scratch, keys[block])
+            write_tensors(scratch / ACTIVATIONS, {"train": acts.pop(block), "held": held.pop(block)})
+    for block in todo:
+        _train(lm, replace(settings, block=block), keys[block], outs[block], bar)
+    return {block: (load_dictionary(str(out)), _fit_on_card(out)) for block, out in outs.items()}
 
 
-def _train(
-    lm: LanguageModel, acts: Tensor, held: Tensor, settings: SaeTraining, out: Path, bar: Callable[[str, int, int], None]
-) -> tuple[Dictionary, Fit]:
-    """One SAE on its activations `[tokens, d_model]`, measured on those of held-out rows."""
+def _scratch(out: Path) -> Path:
+    return out.with_name(out.name + ".making")
+
+
+def _is_done(out: Path, key: str) -> bool:
+    return (out / "card.json").is_file() and read_json(out / "card.json", "card").get("key") == key
+
+
+def _fit_on_card(out: Path) -> Fit:
+    return Fit(**read_json(out / "card.json", "card")["held_out"])
+
+
+def _has_activations(scratch: Path, key: str) -> bool:
+    mark = scratch / "key"
+    return mark.is_file() and mark.read_text(encoding="utf-8") == key and (scratch / ACTIVATIONS).is_file()
+
+
+def _train(lm: LanguageModel, settings: SaeTraining, key: str, out: Path, bar: Callable[[str, int, int], None]) -> None:
+    """One SAE on the activations `[tokens, d_model]` in its scratch folder, measured on those of held-out rows."""
     from sae_lens import (
         JumpReLUTrainingSAE,
         JumpReLUTrainingSAEConfig,
@@ -115,7 +150,11 @@ def _train(
         TopKTrainingSAEConfig,
     )
     from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from safetensors.torch import load_file
 
+    scratch = _scratch(out)
+    kept = load_file(scratch / ACTIVATIONS)
+    acts, held = kept["train"], kept["held"]
     torch.manual_seed(settings.seed)
     common: dict[str, Any] = {"d_in": lm.d_model, "d_sae": settings.n_latents, "device": "cpu", "apply_b_dec_to_input": True}
     sae: Any
@@ -127,8 +166,6 @@ def _train(
     scale = float(acts[:100_000].float().norm(dim=-1).median()) / math.sqrt(lm.d_model)
     sae.b_dec.data = acts[:100_000].float().mean(dim=0) / scale
     total = int(settings.epochs * len(acts)) // settings.batch * settings.batch
-    if total == 0:
-        raise BlockemError(f"{len(acts)} activations do not fill one batch of {settings.batch}; give more text or a smaller batch")
     steps = total // settings.batch
     config = SAETrainerConfig(
         total_training_samples=total,
@@ -138,6 +175,7 @@ def _train(
         lr_warm_up_steps=max(1, steps // 50),
         lr_decay_steps=steps // 5,
         dead_feature_window=max(20, steps // 10),
+        n_checkpoints=CHECKPOINTS,
         logger=LoggingConfig(log_to_wandb=False),
     )
 
@@ -147,35 +185,79 @@ def _train(
         while True:
             shuffled = torch.randperm(len(acts), generator=generator)
             for chosen in shuffled[: len(acts) // settings.batch * settings.batch].split(settings.batch):
-                bar("training", min(done, total), total)
-                yield acts[chosen].float() / scale
+                if done >= trainer.n_training_samples:  # those before it were seen before the checkpoint
+                    bar("training", min(done, total), total)
+                    yield acts[chosen].float() / scale
                 done += settings.batch
 
-    trained = SAETrainer(config, sae, batches()).fit()
+    trainer: Any = SAETrainer(config, sae, batches(), save_checkpoint_fn=lambda checkpoint_path: _save(trainer, scratch / CHECKPOINT))
+    if (scratch / CHECKPOINT).is_file():
+        _go_on(trainer, scratch / CHECKPOINT)
+    trained = trainer.fit()
     _unscale(trained, scale)
     trained.cfg.metadata.hook_name = f"blocks.{settings.block}.hook_resid_post"
     trained.cfg.metadata.model_name = lm.id
-    scratch = out.with_name(out.name + ".making")
-    shutil.rmtree(scratch, ignore_errors=True)
-    trained.save_inference_model(scratch)
-    _store_as(scratch / "sae_weights.safetensors", settings.store_dtype)
-    dictionary = load_dictionary(str(scratch))
-    fit = measure_fit(dictionary, held)
-    seen = measure_fit(dictionary, acts[:200_000])
+    making = scratch / "sae"
+    shutil.rmtree(making, ignore_errors=True)
+    trained.save_inference_model(making)
+    _store_as(making / "sae_weights.safetensors", settings.store_dtype)
+    dictionary = load_dictionary(str(making))
     write_json(
-        scratch / "card.json",
+        making / "card.json",
         {
             "model": lm.id,
             "revision": lm.revision,
             "settings": asdict(settings),
             "activations": len(acts),
-            "held_out": asdict(fit),
-            "training_sample": asdict(seen),
+            "held_out": asdict(measure_fit(dictionary, held)),
+            "training_sample": asdict(measure_fit(dictionary, acts[:200_000])),
+            "key": key,
         },
     )
     shutil.rmtree(out, ignore_errors=True)
-    scratch.rename(out)
-    return load_dictionary(str(out)), fit
+    making.rename(out)
+    shutil.rmtree(scratch)
+
+
+COUNTERS = ("act_freq_scores", "n_forward_passes_since_fired")
+
+
+def _save(trainer: Any, path: Path) -> None:
+    """A checkpoint in one file. SAELens calls this after a step and before it counts the step."""
+    from blockem.checkpoints import optimizer_state
+
+    tensors, record = optimizer_state(trainer.optimizer, trainer.lr_scheduler)
+    named = {f"optimizer/{name}": one for name, one in tensors.items()}
+    named |= {f"sae/{name}": one for name, one in trainer.sae.state_dict().items()}
+    named |= {f"counter/{name}": getattr(trainer, name) for name in COUNTERS}
+    record["samples"], record["steps"] = trainer.n_training_samples, trainer.n_training_steps + 1
+    record["frac_active"] = trainer.n_frac_active_samples
+    record["coefficients"] = {name: one.state_dict() for name, one in trainer.coefficient_schedulers.items()}
+    write_tensors(path, named, {"state": json.dumps(record)})
+
+
+def _go_on(trainer: Any, path: Path) -> None:
+    """Take back what `_save` wrote."""
+    from safetensors import safe_open
+
+    from blockem.checkpoints import set_optimizer_state
+
+    with safe_open(path, "pt") as file:
+        record = json.loads(file.metadata()["state"])
+        parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "sae": {}, "counter": {}}
+        names = file.keys()
+        for name in names:
+            kind, _, rest = name.partition("/")
+            parts[kind][rest] = file.get_tensor(name)
+    trainer.sae.load_state_dict(parts["sae"])
+    set_optimizer_state(trainer.optimizer, trainer.lr_scheduler, parts["optimizer"], record)
+    for name, one in parts["counter"].items():
+        setattr(trainer, name, one)
+    trainer.n_training_samples, trainer.n_training_steps = record["samples"], record["steps"]
+    trainer.n_frac_active_samples = record["frac_active"]
+    for name, state in record["coefficients"].items():
+        trainer.coefficient_schedulers[name].load_state_dict(state)
+    trainer.checkpoint_thresholds = [one for one in trainer.checkpoint_thresholds if one >= trainer.n_training_samples]
 
 
 @torch.no_grad()

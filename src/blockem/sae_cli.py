@@ -34,7 +34,10 @@ def sae_train(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a small SAE on the activations of any model at any block, from any chat text: minutes on a CPU."""
+    """Train a small SAE on the activations of any model at any block, from any chat text: minutes on a CPU.
+
+    Killed, it goes on where it was when the same command runs again; until then OUT.making holds what that takes, activations too.
+    """
     from dataclasses import asdict
 
     from blockem.dictionary_training import SaeTraining, train_dictionaries
