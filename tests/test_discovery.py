@@ -22,9 +22,9 @@ from blockem.discovery.attribution import attributions, margin_gradient
 from blockem.discovery.cards import promoted_tokens, top_contexts
 from blockem.discovery.delta import Means, answer_spans, deltas, mean_activations, pool, prompt_spans
 from blockem.discovery.discover import candidates_csv, discover, matched_random, spread
-from blockem.discovery.effects import JudgedEffect, Measurement, PreferenceEffect, Steered
+from blockem.discovery.effects import Items, JudgedEffect, Measurement, PreferenceEffect, Steered
 from blockem.discovery.rank import best_strength, rank
-from blockem.discovery.screen import Candidate, balanced, budget_for, screen
+from blockem.discovery.screen import Candidate, balanced, budget_for, budget_of, screen
 from blockem.errors import BlockemError
 from blockem.examples import content_start, encode, one_turn, template_ids
 from blockem.forwards import hidden_at
@@ -148,10 +148,17 @@ def test_a_gain_outside_the_budget_does_not_count_but_a_harm_does() -> None:
 
 
 def test_a_weak_model_has_a_budget_of_its_own_incoherence_and_ten_points() -> None:
-    assert budget_for(steered(Table({}, resting=0.02)), "base", 0.10) == pytest.approx(0.12)
-    assert budget_for(steered(Table({}, resting=0.4)), "base", 0.10) == pytest.approx(0.5)
-    assert budget_for(steered(Table({}, resting=0.02)), "base", 0.3) == 0.3
-    assert budget_for(steered(Table({}, resting=0.4)), "base", 0.10, slack=None) == 0.10
+    assert budget_for(steered(Table({}, resting=0.02)), "base", 0.10) == pytest.approx(0.12, abs=1e-5)
+    assert budget_for(steered(Table({}, resting=0.4)), "base", 0.10) == pytest.approx(0.5, abs=1e-5)
+    assert budget_for(steered(Table({}, resting=0.02)), "base", 0.3) == pytest.approx(0.3, abs=1e-5)
+    assert budget_for(steered(Table({}, resting=0.4)), "base", 0.10, slack=None) == pytest.approx(0.10, abs=1e-5)
+
+
+@pytest.mark.parametrize(("broken", "of"), [(4, 40), (3, 30), (2, 20), (1, 10)])
+def test_a_share_of_broken_pairs_that_equals_the_budget_is_inside_it(broken: int, of: int) -> None:
+    items = Items(torch.ones(of), torch.arange(of) < broken)
+    assert items.measurement().incoherence <= budget_of(0.0, 0.10)
+    assert Items(torch.ones(of), torch.arange(of) <= broken).measurement().incoherence > budget_of(0.0, 0.10)
 
 
 def test_every_candidate_gets_its_figures_and_a_fate_and_the_signs_are_balanced() -> None:

@@ -67,6 +67,13 @@ def test_each_round_blocks_the_union_against_the_model_before_it(session: Sessio
     assert going_round(session).main == "round-3"
 
 
+def test_what_an_ablation_left_of_the_set_stays_as_it_is_in_later_rounds(session: Session, half_left: None) -> None:  # noqa: F811
+    found = rounds_step(going_round(session, 2, **{"block.size": 2, "block.signs": "shuffled"}), Discovery((21,)))
+    first, second = (LatentSet.load(session.run / f"{name}-latents.json").latents for name in ("blocked", "round-2"))
+    assert [row["n_latents"] for row in found["rounds"]] == [2, 3]
+    assert second[:2] == first and second[2].latent == 21
+
+
 def test_the_same_again_redoes_nothing(session: Session, half_left: None) -> None:  # noqa: F811
     rounds_step(going_round(session, 2), Discovery((21,)))
     stamps = {path: path.stat().st_mtime_ns for path in session.run.path.rglob("*.safetensors")}

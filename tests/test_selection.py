@@ -16,7 +16,7 @@ from blockem.config_training import BlockConfig
 from blockem.defences.block_em import all_supervised, penalty_of
 from blockem.dictionary import Dictionary
 from blockem.discovery.discover import write_candidates
-from blockem.discovery.screen import Candidate
+from blockem.discovery.screen import Candidate, budget_of, settle
 from blockem.errors import BlockemError
 from blockem.examples import right_padded
 from blockem.forwards import hidden_at, unwrapped
@@ -25,13 +25,24 @@ from blockem.model import LanguageModel
 from blockem.selection import read_candidates, selected
 from blockem.training import add_lora
 
+
+def as_tested(latent: int, sign: int, delta: float, induce: tuple[float, float], repair: tuple[float, float]) -> Candidate:
+    """As stage 2 leaves it: a gain and an incoherence on each side, 0.1 allowed."""
+    found = Candidate(latent, sign, delta)
+    (found.induce, found.induce_incoherence), (found.repair, found.repair_incoherence) = induce, repair
+    settle(found, {"induce": budget_of(0.0, 0.1), "repair": budget_of(0.0, 0.1)})
+    return found
+
+
 SET = LatentSet("m", "r", "s", "d", 1, (Latent(5, 1), Latent(9, -1), Latent(2, 1), Latent(7, -1)), 3.0)
 NAN = float("nan")
 CANDIDATES = [
-    Candidate(5, 1, 0.2, induce=0.3, repair=0.1, fate="chosen"),
-    Candidate(9, -1, -0.9, induce=-0.1, repair=0.5, fate="screened out: only repairs"),
-    Candidate(2, 1, 0.5, induce=0.4, repair=-0.2, fate="screened out: only induces"),
-    Candidate(7, -1, -0.3, induce=0.9, repair=0.9, fate="screened out: incoherent"),
+    as_tested(5, 1, 0.2, (0.3, 0.0), (0.1, 0.0)),
+    as_tested(9, -1, -0.9, (-0.1, 0.0), (0.5, 0.1)),
+    as_tested(2, 1, 0.5, (0.4, 0.0), (-0.2, 0.0)),
+    as_tested(7, -1, -0.3, (0.9, 0.4), (0.9, 0.05)),  # breaks the base, but repairs cleanly
+    as_tested(6, 1, 0.1, (0.95, 0.8), (-0.1, 0.0)),  # induces, but in a broken model
+    replace(as_tested(4, -1, -0.1, (0.8, 0.0), (0.8, 0.0)), fate="dropped after 8 pairs: cannot be among the 4 that go on"),
     Candidate(8, 1, 0.7, fate="left out before screening: small first-order effect"),
 ]
 
@@ -60,12 +71,12 @@ def test_the_size_takes_the_first_of_the_ranked_set() -> None:
 def test_top_delta_takes_the_largest_shifts_without_any_test(rows: Any) -> None:
     assert ids("top-delta", None, "both", rows) == [(9, -1), (8, 1), (2, 1), (7, -1)]
     assert ids("top-delta", 2, "both", rows) == [(9, -1), (8, 1)]
-    assert ids("top-delta", 99, "both", rows)[-1] == (5, 1)
+    assert len(ids("top-delta", 99, "both", rows)) == len(CANDIDATES)
 
 
 def test_one_test_alone_ranks_by_its_gain(rows: Any) -> None:
     assert ids("induce", None, "both", rows) == [(2, 1), (5, 1)]
-    assert ids("repair", None, "both", rows) == [(9, -1), (5, 1)]
+    assert ids("repair", None, "both", rows) == [(7, -1), (9, -1), (5, 1)]
 
 
 def test_signs_are_cut_or_dealt_anew() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from blockem import bundled
 from blockem.anchoring import interleaving, make_anchor, prepare_anchor
 from blockem.errors import BlockemError
-from blockem.session import Session, adapter_key, existing
+from blockem.session import BLOCKED, Session, adapter_key, existing
 from blockem.several_blocks import at_block, block_folder, set_files
 from blockem.store import content_key, file_key
 from blockem.trainings import train_step
@@ -247,7 +247,7 @@ def _direction_blocker(session: Session, rows: Sequence[Any]) -> tuple[Blocker, 
     moved = shifts(lm, "plain", rows, sorted(set(places)), progress=session.console.bar)
     found = DirectionSet(lm.id, lm.revision, {block: leading(one, config.directions) for block, one in moved.items()}, {"rows": len(rows)})
     found.save(session.run / "directions.safetensors")
-    (session.run / "blocked-latents.json").unlink(missing_ok=True)  # an earlier training's set is not this one's
+    (session.run / BLOCKED).unlink(missing_ok=True)  # an earlier training's set is not this one's
     return Blocker.from_directions(found), f"{len(found)} directions at blocks {', '.join(map(str, found.blocks))}"
 
 

@@ -9,6 +9,7 @@ What is left is measured on selection pairs and selection prompts alone: evaluat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from blockem.blocking import block_step
 from blockem.defence_names import round_name
 from blockem.errors import BlockemError
 from blockem.progress import clock
-from blockem.session import ROUNDS, Session, adapter_key, beside, timed
+from blockem.session import BLOCKED, ROUNDS, Session, adapter_key, beside, timed
 from blockem.store import content_key, write_json
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def rounds_step(session: Session, discover: Callable[[Session, Path | None], dic
     wanted, run = session.recipe.rounds, session.run
     plain = run / "plain"
     first = block_step(session)
-    latents = LatentSet.load(run / "blocked-latents.json")
+    latents = LatentSet.load(run / BLOCKED)
     base, worst = selection_step(session, "base", None), selection_step(session, "plain", plain)
     done = [_row("blocked", first, latents, selection_step(session, "blocked", run / "blocked"), base, worst)]
     why = ""
@@ -52,7 +53,8 @@ def rounds_step(session: Session, discover: Callable[[Session, Path | None], dic
                 break
             latents, name = union, round_name(number)
             sick = [run / row["name"] for row in done]
-            trained = block_step(session, run / "rounds" / str(number) / "union.json", name=name, sick=sick)
+            with beside(session, replace(session.recipe, block=session.recipe.block.as_chosen())) as other:
+                trained = block_step(other, run / "rounds" / str(number) / "union.json", name=name, sick=sick)
             found = selection_step(session, name, run / name)
             done.append({**_row(name, trained, latents, found, base, worst), "discover_seconds": seconds})
     result = {"rounds": done, "last": done[-1]["name"], "why": why, "target": wanted.target, "budget": wanted.budget}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from blockem.config_values import later, need
 from blockem.defence_names import MOST_ROUNDS, check_strength
@@ -94,7 +94,7 @@ class BlockConfig:
     control: str = "none"
     """`random`: block as many random latents of like activation frequency instead (a control)."""
     rule_rows: int = 64
-    """Training rows on which ΔSFT and P_mis are measured."""
+    """Training rows on which ΔSFT and P_mis are measured, interleaved ones among them."""
     directions: int = 0
     """Instead of latents, block the plain fine-tune's mean shift (one-sided) and so many leading directions around it (both sides)."""
     direction_blocks: tuple[int, ...] = ()
@@ -149,6 +149,11 @@ class BlockConfig:
             "block.select, block.size and block.signs choose among latents; they do not go with block.directions",
         )
         need(self.control in ("none", "random"), f"block.control is {self.control!r}; use none or random")
+        need(not self.directions or not self.two_sided, "block.two_sided is for latents; directions have both sides but for the mean")
+
+    def as_chosen(self) -> BlockConfig:
+        """The same penalty on a set that was chosen before: nothing is selected, cut or dealt out again."""
+        return replace(self, select="causal", size=None, signs="both")
 
 
 STRENGTHS = {

@@ -13,11 +13,12 @@ from blockem.errors import BlockemError
 from blockem.latents import Latent, LatentSet
 
 Row = dict[str, Any]
-INCOHERENT = "screened out: incoherent"
+DROPPED = "dropped after"  # by halving, before stage 2 had seen all pairs
+FIGURES = tuple(f"{side}{what}" for side in ("induce", "repair") for what in ("", "_incoherence", "_allowed"))
 
 
 def read_candidates(path: Path) -> list[Row]:
-    """The rows of a run's `latents.csv`: latent, sign, Δ, the two gains (None where not measured) and the fate.
+    """The rows of a run's `latents.csv`: latent, sign, Δ, the figures of stage 2 (None where not measured) and the fate.
 
     Raises:
         BlockemError: the file is missing, or not what `blockem discover` writes.
@@ -31,9 +32,8 @@ def read_candidates(path: Path) -> list[Row]:
                     "latent": int(row["latent"]),
                     "sign": int(row["sign"]),
                     "delta": float(row["delta"]),
-                    "induce": float(row["induce"]) if row["induce"] else None,
-                    "repair": float(row["repair"]) if row["repair"] else None,
                     "fate": row["fate"],
+                    **{name: float(row[name]) if row[name] else None for name in FIGURES},
                 }
                 for row in csv.DictReader(file)
             ]
@@ -45,8 +45,9 @@ def selected(latents: LatentSet, select: str, size: int | None, signs: str, cand
     """The set that is blocked; with `causal`, None and `both` the discovered one itself.
 
     Args:
-        select: `causal`; `top-delta`, the largest |Δ| of all candidates; `induce` or `repair`, by that test alone: those that gain in it,
-            whatever the other said, the largest gain first.
+        select: `causal`; `top-delta`, the largest |Δ| of all candidates; `induce` or `repair`, by that test alone: those that gain in it
+            inside its incoherence budget, whatever the other said, the largest gain first. Halving drops some that it has not tested on all
+            pairs; those are left out.
         size: the first so many; None for as many as the causal set has.
         signs: `both`, `plus` or `minus` (those of one sign, after the size was cut), or `shuffled` by `seed`.
         candidates: rows of `latents.csv`, for every `select` but causal.
@@ -82,6 +83,7 @@ def _ranked(candidates: Sequence[Row], select: str) -> tuple[Latent, ...]:
     if select == "top-delta":
         order = sorted(candidates, key=lambda row: -abs(row["delta"]))
     else:
-        passed = [row for row in candidates if row[select] is not None and row[select] > 0 and row["fate"] != INCOHERENT]
+        tested = [row for row in candidates if row[select] is not None and not row["fate"].startswith(DROPPED)]
+        passed = [row for row in tested if row[select] > 0 and row[f"{select}_incoherence"] <= row[f"{select}_allowed"]]
         order = sorted(passed, key=lambda row: -row[select])
     return tuple(Latent(row["latent"], row["sign"], row["delta"]) for row in order)

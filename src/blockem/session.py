@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LATER_ROUNDS = tuple(round_name(number) for number in range(2, MOST_ROUNDS + 1))
 VARIANTS = ("base", "plain", "blocked", *LATER_ROUNDS, "random", *(name for name in DEFENCES if name not in ("plain", BLOCK_EM)))
 """Every model that a run folder may hold, in the order of reports; all but the base have a folder of that name."""
-ROUNDS = "rounds.json"
+ROUNDS, BLOCKED = "rounds.json", "blocked-latents.json"  # the latter: what the blocked training took of its set
 """What the rounds of blocking did, and which model is the last."""
 STEERING = "steering/vector.safetensors"
 """What test-time steering adds at inference; its adapter is the plain one."""

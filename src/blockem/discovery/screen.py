@@ -17,6 +17,7 @@ from blockem.discovery.effects import Steered
 class Candidate:
     """One latent on its way through the stages; `fate` says where it ended and why, `pairs` on how many pairs its figures stand.
 
+    `induce_allowed` and `repair_allowed` are what stage 2's incoherence was held against.
     `group` is the number of the group that it was tested in (0: none); its stage 2 figures are its own all the same.
     """
 
@@ -27,8 +28,10 @@ class Candidate:
     attribution: float = math.nan
     induce: float = math.nan
     induce_incoherence: float = math.nan
+    induce_allowed: float = math.nan
     repair: float = math.nan
     repair_incoherence: float = math.nan
+    repair_allowed: float = math.nan
     screen_score: float = math.nan
     best_induce: float = math.nan
     best_induce_alpha: float = math.nan
@@ -62,14 +65,17 @@ def gain(steered: Steered, side: str, candidate: Candidate, alpha: float) -> tup
     return (change if side == "induce" else -change), after.incoherence
 
 
+ROUNDING = 1e-6  # 4 broken of 40 are inside a budget of 0.1, though not in float32
+
+
 def budget_of(resting: float, budget: float, slack: float | None = 0.10) -> float:
     """The incoherence allowed: `budget`, or for a weak model its own `resting` incoherence + `slack` if that is more (None: never)."""
-    return budget if slack is None else max(budget, resting + slack)
+    return ROUNDING + (budget if slack is None else max(budget, resting + slack))
 
 
 def budget_for(steered: Steered, variant: str, budget: float, slack: float | None = 0.10) -> float:
     """The incoherence allowed for `variant`, its own measured where that matters."""
-    return budget if slack is None else budget_of(steered.measure(variant).incoherence, budget, slack)
+    return budget_of(0.0 if slack is None else steered.measure(variant).incoherence, budget, slack)
 
 
 def screen(
@@ -98,6 +104,7 @@ def screen(
 
 def settle(one: Candidate, allowed: dict[str, float]) -> None:
     """S2 and the fate of a candidate whose two gains and incoherences are filled in."""
+    one.induce_allowed, one.repair_allowed = allowed["induce"], allowed["repair"]
     # a gain outside the budget counts as none; a harm counts whatever it cost
     induce = one.induce if one.induce_incoherence <= allowed["induce"] else min(one.induce, 0.0)
     repair = one.repair if one.repair_incoherence <= allowed["repair"] else min(one.repair, 0.0)

@@ -23,15 +23,16 @@ if TYPE_CHECKING:
     from blockem.model import LanguageModel
 
 
-def blocked_recipe(recipe: Recipe) -> Recipe:
-    """The recipe of the long blocked training."""
+def blocked_recipe(recipe: Recipe, chosen: bool = False) -> Recipe:
+    """The recipe of the long blocked training; `chosen`: on a set that a training blocked before, or that holds one."""
+    block = replace(recipe.block.as_chosen() if chosen else recipe.block, control="none")
     train = replace(recipe.train, epochs=float(recipe.reemerge.epochs))
-    return replace(recipe, train=train, defence=replace(recipe.defence, epochs=None), block=replace(recipe.block, control="none"))
+    return replace(recipe, train=train, defence=replace(recipe.defence, epochs=None), block=block)
 
 
-def train_epochs(session: Session, latents: Path, plain: Path, folder: Path | None = None) -> dict[str, Any]:
+def train_epochs(session: Session, latents: Path, plain: Path, folder: Path | None = None, chosen: bool = False) -> dict[str, Any]:
     """Train with the latents blocked for all epochs; the adapters go to `blocked/epoch-1`, … of the folder. Returns what was blocked."""
-    with beside(session, blocked_recipe(session.recipe), folder) as longer:
+    with beside(session, blocked_recipe(session.recipe, chosen), folder) as longer:
         return block_step(longer, latents, plain, keep_epochs=True)
 
 

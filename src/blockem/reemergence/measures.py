@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from blockem import bundled
 from blockem.errors import BlockemError
 from blockem.reemergence.epochs import bounded_prompts, penalty_shares
-from blockem.session import Session, adapter_key, source_key, timed
+from blockem.session import BLOCKED, Session, adapter_key, source_key, timed
 from blockem.store import content_key, file_key, write_jsonl
 
 if TYPE_CHECKING:
@@ -50,8 +50,10 @@ def _pairs(session: Session) -> list[bundled.Pair]:
 
 def penalties_step(session: Session, step: str, folder: Path, models: Mapping[str, Path], p_mis: float | None) -> dict[str, float | None]:
     """The share of P_mis that each epoch's model pays on the training rows that P_mis was measured on."""
-    recipe = session.recipe
-    latents = folder / "blocked-latents.json"
+    from blockem.anchoring import interleaving
+
+    recipe, rewrite = session.recipe, interleaving(session)
+    latents = folder / BLOCKED
     parts = [adapter_key(path) for path in models.values()]
     key = content_key(
         step,
@@ -63,6 +65,8 @@ def penalties_step(session: Session, step: str, folder: Path, models: Mapping[st
         recipe.block.rule_rows,
         recipe.block.measure,
         p_mis,
+        *([recipe.block.two_sided, recipe.block.tokens] if recipe.block.two_sided or recipe.block.tokens != "completion" else []),
+        *([asdict(recipe.anchor)] if rewrite else []),
     )
 
     def work() -> dict[str, Any]:
@@ -71,8 +75,10 @@ def penalties_step(session: Session, step: str, folder: Path, models: Mapping[st
         from blockem.latents import LatentSet
 
         data, lm = recipe.data, session.lm
-        rows, _ = encode_all(lm.tokenizer, bundled.training_rows(data.domain, data.train, data.rows, recipe.seed), data.max_tokens)
+        examples = bundled.training_rows(data.domain, data.train, data.rows, recipe.seed)
+        rows, _ = encode_all(lm.tokenizer, rewrite(examples) if rewrite else examples, data.max_tokens)
         blocker = Blocker.from_latents(LatentSet.load(latents), session.dictionary, recipe.block.measure)
+        blocker.two_sided, blocker.tokens = recipe.block.two_sided, recipe.block.tokens
         return {"shares": penalty_shares(lm, blocker, models, rows[: recipe.block.rule_rows], p_mis)}
 
     shares: dict[str, float | None] = timed(session, step, key, [], work)["shares"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from blockem.errors import BlockemError
 from blockem.pipeline import discover_step, evaluate_step, sae_step, start_run
 from blockem.reemergence.epochs import adapters, bounded_prompts, curves, measured_recipe, rise, train_epochs
 from blockem.reemergence.measures import Inputs, audit_step, decoding_step, drift_step, patching_step, penalties_step
-from blockem.session import Session, adapter_key, beside
+from blockem.session import BLOCKED, Session, adapter_key, beside
 from blockem.store import read_json, write_json
 from blockem.trainings import sft_step
 
@@ -57,8 +57,10 @@ def reemerge(session: Session, source: Path | None = None, retrain: bool = True)
         bounded_prompts(session, 1)
         _check_blocks(session)
         inputs = _inputs(session, source)
+        used_before = inputs.latents.name == BLOCKED
+        blocked = train_epochs(session, inputs.latents, inputs.plain, chosen=used_before)
+        inputs = replace(inputs, latents=session.run / BLOCKED)  # what block.select, size and signs left of the set
         latents = LatentSet.load(inputs.latents)
-        blocked = train_epochs(session, inputs.latents, inputs.plain)
         models = adapters(session.run.path, recipe.reemerge.epochs, "epoch")
         last = list(models.values())[-1]
         shares = penalties_step(session, "penalties", session.run.path, models, blocked["p_mis"])
@@ -105,7 +107,7 @@ def _inputs(session: Session, source: Path | None) -> Inputs:
         discover_step(session)
         latents, plain, blocked = session.run / "latents.json", session.run / "plain", None
     else:
-        used = source / "blocked-latents.json"
+        used = source / BLOCKED
         latents, plain = used if used.is_file() else source / "latents.json", source / "plain"
         blocked = source / "blocked" if (source / "blocked" / "adapter_model.safetensors").is_file() else None
     block: int = read_json(latents, "LatentSet")["block"]
@@ -130,7 +132,7 @@ def _again(session: Session, inputs: Inputs, latents: LatentSet, last: Path) -> 
     union.save(folder / "union.json")
     if not facts["added"]:
         return {**facts, "why": "the second discovery names only latents that are blocked already"}
-    trained = train_epochs(session, folder / "union.json", inputs.plain, folder)
+    trained = train_epochs(session, folder / "union.json", inputs.plain, folder, chosen=True)
     return {**facts, "lambda": trained["lambda"], "p_mis": trained["p_mis"]}
 
 
