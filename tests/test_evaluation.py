@@ -101,6 +101,18 @@ def test_limits_of_a_difference_of_shares_cover_the_truth_about_as_often_as_they
     assert 0.92 <= np.mean(covered) <= 0.985
 
 
+@pytest.mark.parametrize(
+    ("both", "left", "right", "neither", "low", "high"),
+    [(59, 6, 16, 80, -0.1186, -0.0046), (14, 5, 0, 22, 0.0115, 0.2265), (3, 4, 0, 33, -0.0108, 0.2276), (20, 8, 2, 25, -0.0049, 0.2171)],
+)
+def test_limits_of_a_difference_of_shares_are_newcombes(both: int, left: int, right: int, neither: int, low: float, high: float) -> None:
+    one = np.repeat([1.0, 1.0, 0.0, 0.0], [both, left, right, neither])
+    other = np.repeat([1.0, 0.0, 1.0, 0.0], [both, left, right, neither])
+    found = rate_difference(one, other)
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1.5e-4)
+
+
 def test_a_difference_of_shares_turns_round_with_its_sides_and_stays_in_its_range() -> None:
     left, right = np.array([1.0] * 12 + [0.0] * 8), np.array([1.0] * 5 + [0.0] * 15)
     one, other = rate_difference(left, right), rate_difference(right, left)

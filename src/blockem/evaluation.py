@@ -73,14 +73,18 @@ def rate(said: Array) -> Interval | None:
 
 
 def rate_difference(left: Array, right: Array) -> Interval | None:
-    """The share of `left` minus that of `right` on the same items, 0 or 1 each (Newcombe 1998, paired, method 10, uncorrected)."""
+    """The share of `left` minus that of `right` on the same items, 0 or 1 each (Newcombe 1998, paired, method 10)."""
     if len(left) != len(right):
         raise ValueError("paired samples must have the same length")
     one, other = rate(left), rate(right)
     if one is None or other is None:
         return None
-    spread = float(left.std() * right.std())
-    together = float((left * right).mean() - one.value * other.value) / spread if spread > 0 else 0.0
+    both, neither = float(left @ right), float((1 - left) @ (1 - right))
+    crossed = both * neither - float(left @ (1 - right)) * float((1 - left) @ right)
+    if crossed > 0:
+        crossed = max(0.0, crossed - one.n / 2)  # the method's continuity correction
+    margins = math.prod(float(side.sum()) * float((1 - side).sum()) for side in (left, right))
+    together = crossed / math.sqrt(margins) if margins > 0 else 0.0
 
     def reach(up: float, down: float) -> float:
         return math.sqrt(max(0.0, up**2 + down**2 - 2 * together * up * down))
