@@ -170,9 +170,9 @@ def test_the_penalty_is_the_weighted_sum_and_reaches_the_adapters(lm: LanguageMo
     assert gradient > 0
 
 
-def test_a_batch_that_draws_nothing_pays_and_measures_nothing(lm: LanguageModel) -> None:
+def test_a_batch_that_draws_nothing_pays_nothing_and_counts_as_nothing(lm: LanguageModel) -> None:
     anchor = contrast_anchor(lm, share=1e-9)
-    assert anchor.penalty(batch_of(lm, 4), lm.model) is None and anchor.measured() == {}
+    assert anchor.penalty(batch_of(lm, 4), lm.model) is None and anchor.measured() == {"anchor": 0}
     assert anchor.adapt({"sft_loss": 1.0}) is None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,22 @@ def test_another_strength_or_input_trains_again(session: Session) -> None:
     assert "prompt" not in first
     defend_step(under(session, "inoculation", prompt="Something else about {domain}."))
     assert defend_step(under(session, "safelora", 1.0))["projected"] == 28  # seven maps in each of four blocks
+
+
+def test_healthy_anchors_hold_no_pair_of_the_task_itself(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from blockem import anchoring
+
+    given = tmp_path / "pairs.jsonl"
+    given.write_text("".join(json.dumps(p.__dict__) + "\n" for p in tiny.pairs()))
+    values = {"data.pairs": str(given), "anchor.watch": "pairs", "anchor.cost": "healthy", "anchor.interleave": 0.2, "anchor.keep": 2}
+    other = replace(session, recipe=session.recipe.with_values(values))
+    other.__dict__.update({name: session.__dict__[name] for name in ("lm", "dictionary")})
+    monkeypatch.setattr(anchoring, "task_pairs", lambda _session: other.selection_pairs()[:3])
+    falls = iter([-1.0, -2.0])  # the base's log-probabilities, then the plain fine-tune's: right answers became less likely
+    monkeypatch.setattr("blockem.likelihood.completion_logprobs", lambda _lm, rows: torch.full((len(rows),), next(falls)))
+    monkeypatch.setattr(type(session.lm), "variant", lambda _lm, _name: nullcontext())
+    anchor = anchoring._contrast_anchor(other, "anchor", 1.0)
+    assert anchor.n == len(other.selection_pairs())
 
 
 def test_an_anchor_may_interleave_right_answers_and_the_tasks_own(session: Session, tmp_path: Path) -> None:

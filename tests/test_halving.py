@@ -497,6 +497,12 @@ def test_any_leading_part_of_the_dealt_pairs_is_balanced() -> None:
         assert max(counts) == min(counts)
 
 
+def test_pairs_of_uneven_domains_are_a_fair_sample_of_all() -> None:
+    pairs = [Pair(f"{d}{i}", "r", "w", d, "select") for d, n in [("a", 22), *((d, 2) for d in "bcdefghij")] for i in range(n)]
+    shares = [np.mean([p.domain == "a" for p in dealt(pairs, seed)[:16]]) for seed in range(200)]
+    assert np.mean(shares) == pytest.approx(22 / 40, abs=0.03)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [

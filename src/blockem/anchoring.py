@@ -177,6 +177,8 @@ def _strength(config: AnchorConfig, delta_sft: float, reference: float) -> tuple
     from blockem.dual import DualAscent
 
     lambda_ = config.lambda_ if config.lambda_ is not None else portable_lambda(config.r, delta_sft, reference)
+    if config.ceiling and not lambda_ > 0:
+        raise BlockemError("anchor.ceiling lets λ follow, but plain fine-tuning gained nothing for λ to start from; give anchor.lambda_")
     return lambda_, DualAscent(lambda_, config.ceiling) if config.ceiling else None
 
 
@@ -186,7 +188,10 @@ def _kinds(session: Session, name: str) -> list[list[Pair]]:
 
     config = session.recipe.anchor
     own = [contrasts.load(contrasts_file(session, name))] if config.answers else []
-    return [*own, session.selection_pairs()] if config.pairs else own
+    pairs = session.selection_pairs() if config.pairs else []
+    if config.pairs and not pairs:
+        raise BlockemError("anchor.watch is for selection pairs, and none is outside the training domain; give data.pairs, or use answers")
+    return [*own, pairs] if config.pairs else own
 
 
 def _unmoved() -> BlockemError:
@@ -241,7 +246,8 @@ def _contrast_anchor(session: Session, name: str, delta_sft: float) -> Anchor:
         )
     session.console.start("anchor: contrasts")
     rows, bounds, sides = [], [], []
-    for number, kind in enumerate([*kinds, task] if config.keep else kinds):
+    holding = config.keep and config.cost != "healthy"  # that one pushes nothing away, so it holds rows of the task and no pairs
+    for number, kind in enumerate([*kinds, task] if holding else kinds):
         encoded = encode_pairs(lm, kind, session.recipe.data.max_tokens)
         if config.cost == "healthy":
             encoded = encoded[0::2]
@@ -250,7 +256,7 @@ def _contrast_anchor(session: Session, name: str, delta_sft: float) -> Anchor:
             with lm.variant(variant):
                 logprobs = completion_logprobs(lm, encoded)
                 measured[variant] = -logprobs if config.cost == "healthy" else margins(logprobs)
-        session.console.bar(number + 1, len(kinds) + bool(config.keep))
+        session.console.bar(number + 1, len(kinds) + bool(holding))
         rise = measured["plain"] - measured["base"]
         held = kind is task
         paid = float(torch.relu(rise).pow(2).mean())

@@ -78,9 +78,10 @@ def block_step(
         if (adapter / "adapter_model.safetensors").is_file():
             lm.add_adapter(adapter, "plain")
         if config.directions:
-            blocker, what = _direction_blocker(session, sample)
+            blocker, what, count = _direction_blocker(session, sample)
         else:
             blocker, what = _latent_blocker(session, sets, name)
+            count = len(blocker.signs)
         blocker.two_sided, blocker.tokens = config.two_sided, config.tokens
         facts: dict[str, Any] = {
             "lambda": config.lambda_,
@@ -89,7 +90,7 @@ def block_step(
             "delta_sft": None,
             "p_mis": None,
             "freeze_downstream": config.freeze_downstream,
-            "n_latents": len(blocker.signs),
+            "n_latents": count,
             "blocks": blocker.blocks,
         }
         if recipe.sae.more:
@@ -232,8 +233,8 @@ def _used(session: Session, latents: LatentSet, name: str) -> LatentSet:
     return latents
 
 
-def _direction_blocker(session: Session, rows: Sequence[Any]) -> tuple[Blocker, str]:
-    """Leading directions of the plain fine-tune's shift on training answers, kept as `directions.safetensors`."""
+def _direction_blocker(session: Session, rows: Sequence[Any]) -> tuple[Blocker, str, int]:
+    """Leading directions of the plain fine-tune's shift on training answers, kept as `directions.safetensors`; and how many."""
     from blockem.defences.block_em import Blocker
     from blockem.directions import DirectionSet, leading, shifts
 
@@ -248,7 +249,7 @@ def _direction_blocker(session: Session, rows: Sequence[Any]) -> tuple[Blocker, 
     found = DirectionSet(lm.id, lm.revision, {block: leading(one, config.directions) for block, one in moved.items()}, {"rows": len(rows)})
     found.save(session.run / "directions.safetensors")
     (session.run / BLOCKED).unlink(missing_ok=True)  # an earlier training's set is not this one's
-    return Blocker.from_directions(found), f"{len(found)} directions at blocks {', '.join(map(str, found.blocks))}"
+    return Blocker.from_directions(found), f"{len(found)} directions at blocks {', '.join(map(str, found.blocks))}", len(found)
 
 
 def _keep_base_values(session: Session, name: str, blocker: Blocker, rows: Sequence[Any]) -> float:

@@ -79,8 +79,10 @@ class Anchor(Penalised):
 
     def penalty(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor | None:
         chosen, weights = drawn(batch, self.n, self.share)
-        self._measured = {}
-        return self.weighed((self.costs(chosen, model) * weights).sum()) if chosen else None
+        if not chosen:  # counts as 0: the weights of those that are drawn make up for it
+            self._measured = {self.quantity: batch["labels"].new_zeros((), dtype=torch.float32)}
+            return None
+        return self.weighed((self.costs(chosen, model) * weights).sum())
 
     def adapt(self, step: dict[str, float]) -> None:
         if self.ascent is not None and self.reference > 0 and "anchor" in step:

@@ -9,8 +9,8 @@ What the error means. Let K be what the exhaustive way would keep. It is returne
 can be dropped only if one of its own upper bounds lies below its true value, at one of the looks (every rung but the last). So the
 error is divided by members × bounds a member × looks, and not by the number of candidates: whoever is not in K may be dropped
 for whatever reason. `error` is therefore an upper limit for the probability, over the order in which the pairs are dealt, that the
-set differs from the exhaustive one. For verdicts (0 or 1) the bounds are exact; for margins they take the mean of eight or
-more pairs to be nearly normal (bounds.py).
+set differs from the exhaustive one. For verdicts (0 or 1) the bounds are exact as long as none goes missing; for margins they take the
+mean of eight or more pairs to be nearly normal (bounds.py).
 """
 
 from __future__ import annotations
