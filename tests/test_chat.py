@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from blockem.chat import chat_loop, printable
+from blockem.chat import chat_loop
 from blockem.config import Recipe
 from blockem.errors import BlockemError
+from blockem.progress import printable
 
 
 def test_model_output_cannot_steer_the_terminal() -> None:

@@ -12,11 +12,14 @@ import pytest
 from fake_cells import FakeRuns, read
 
 from blockem import pipeline
+from blockem.comparison import _answers
+from blockem.errors import BlockemError
 from blockem.evaluation import interval, mean
 from blockem.grid import grid_from
-from blockem.report.comparison import csv_text, plain_cell
+from blockem.report.comparison import csv_text, ours, plain_cell, write
 from blockem.report.comparison_words import recommendation_words
 from blockem.resampling import Draws, Ratio, choose, front, summary
+from blockem.store import write_jsonl
 from blockem.sweep import compare_all
 
 VALUES: dict[str, Any] = {
@@ -176,6 +179,25 @@ def test_the_page_escapes_names_and_loads_nothing(compared: tuple[dict[str, Any]
 
 def test_a_formula_in_a_name_is_no_formula_in_the_csv() -> None:
     assert csv_text({"columns": ["a", "b"], "rows": [["=1+1", -0.5], [None, "x"]]}) == "a,b\n'=1+1,-0.5\n,x\n"
+
+
+def test_answers_may_hold_every_line_separator(tmp_path: Path) -> None:
+    rows = [{"prompt": "a\u2028b", "answers": {"base": "c\u2029d\u0085e\x0cf"}}, {"prompt": "g"}]
+    write_jsonl(tmp_path / "answers.jsonl", rows)
+    assert _answers(tmp_path / "answers.jsonl", 2) == rows
+    with pytest.raises(BlockemError, match=r"answers\.jsonl: holds answers to 2 prompts, not to 3"):
+        _answers(tmp_path / "answers.jsonl", 3)
+
+
+def test_only_what_a_comparison_draws_is_removed_from_its_figures(compared: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    drawn = ["strength-kl.csv", "transfer.svg", "ablations-em.svg"]
+    own = ["notes.txt", "figure-for-the-paper.svg", "folder"]
+    (tmp_path / "figures/folder").mkdir(parents=True)
+    for name in [*drawn, *own[:2]]:
+        (tmp_path / "figures" / name).write_text("x")
+    write({**compared[0], "figures": [one for one in compared[0]["figures"] if one["id"] == "strength-block-em"]}, tmp_path)
+    assert sorted(one.name for one in (tmp_path / "figures").iterdir()) == sorted([*own, "strength-block-em.csv", "strength-block-em.svg"])
+    assert {one.name for one in (compared[1] / "figures").iterdir()} <= ours()  # every name that is given is known
 
 
 def test_without_a_judge_the_preference_decides_and_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

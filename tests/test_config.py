@@ -5,6 +5,9 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
+import math
+import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -103,6 +106,10 @@ def test_an_unknown_field_lists_the_known_ones(path: str) -> None:
         ("discover:\n  strengths: 3", "discover.strengths is 3; it must be a list, such as 0.2,0.4"),
         ("discover:\n  strengths: [x]", "discover.strengths is 'x'; it must be a number"),
         ("a: [", "not YAML"),
+        ("name: 2024-99-99", "not YAML .month must be in 1..12."),
+        ("name: !!int x", "not YAML"),
+        ("name: !!timestamp x", "not YAML"),
+        ("name: " + "[" * 1000, "not YAML"),
     ],
 )
 def test_a_wrong_recipe_is_one_sentence_that_names_the_field(tmp_path: Path, text: str, sentence: str) -> None:
@@ -130,13 +137,83 @@ def test_a_wrong_recipe_is_one_sentence_that_names_the_field(tmp_path: Path, tex
         ({"block.lambda_": "nan"}, "block.lambda_ is nan"),
         ({"block.measure": "z"}, "block.measure is 'z'; use latent or preactivation"),
         ({"block.control": "shuffled"}, "block.control is 'shuffled'"),
+        ({"block.floor": 0.9, "anchor.watch": "answers", "anchor.interleave": 0.3}, "block.floor compares each step's loss"),
         ({"evaluate.resamples": 10}, "evaluate.resamples is 10; use at least 100"),
         ({"evaluate.judge": "https://me:hunter2@judge.example/v1"}, "evaluate.judge holds a user name or a password"),
+        ({"seed": -1}, "seed is -1; use a whole number from 0 to 4294967295"),
+        ({"seed": 2**32}, "seed is 4294967296; use a whole number from 0"),
+        ({"model.dtype": "int4"}, "model.dtype is 'int4'; use one of auto, bfloat16"),
+        ({"sae.min_variance_explained": 60}, "sae.min_variance_explained is 60.0; it is a share"),
+        ({"train.weight_decay": -1}, "train.weight_decay is -1.0; it must not be negative"),
+        ({"train.max_grad_norm": -1}, "train.max_grad_norm is -1.0; it must not be negative"),
+        ({"train.schedule": "warmup_stable_decay"}, "train.schedule is 'warmup_stable_decay'; use one of linear, cosine"),
+        ({"discover.prescreen": -3}, "discover.prescreen is -3; use 0 for all"),
+        ({"discover.max_new_tokens": 0}, "discover.max_new_tokens is 0; it must be positive"),
+        ({"block.r": -5}, "block.r is -5.0; it must be positive"),
+        ({"block.rule_rows": 0}, "block.rule_rows is 0; it must be positive"),
+        ({"evaluate.general_rows": 0}, "evaluate.general_rows is 0; it must be positive"),
     ],
 )
 def test_a_value_out_of_range_is_refused_at_construction(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(BlockemError, match=sentence):
         Recipe().with_values(changes)
+
+
+def test_no_number_of_a_recipe_may_be_infinite_or_none(tmp_path: Path) -> None:
+    """Each float of every stage, also in a list; the sentence names the field."""
+    stages = {name: kind for name, kind in typing.get_type_hints(Recipe).items() if dataclasses.is_dataclass(kind)}
+    floats = [
+        f"{stage}.{name}" for stage, kind in stages.items() for name, hint in typing.get_type_hints(kind).items() if "float" in str(hint)
+    ]
+    assert {"train.epochs", "block.lambda_", "discover.alpha_repair", "discover.strengths", "defence.epochs"} <= set(floats)
+    for path in floats:
+        for value in ("nan", "inf"):
+            changes = {path: value, "defence.name": "kl"} if path == "defence.strength" else {path: value}
+            with pytest.raises(BlockemError, match=re.escape(path)):
+                Recipe().with_values(changes)
+    with pytest.raises(BlockemError, match="more_incoherence is nan"):
+        config.CompareConfig(more_incoherence=math.nan)
+
+
+@pytest.mark.parametrize("schedule", config_training.SCHEDULES)
+def test_the_trainer_knows_each_schedule_that_a_recipe_may_name(schedule: str) -> None:
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=Recipe().with_values({"train.schedule": schedule}).train.lr)
+    assert get_scheduler(schedule, optimizer, num_warmup_steps=1, num_training_steps=4).get_last_lr()
+
+
+@pytest.mark.parametrize(
+    "judge",
+    [
+        "HTTP://me:hunter2@judge.example/v1",
+        " https://me:hunter2@judge.example/v1",
+        "hTTps://hunter2@judge.example/v1\n",
+        "//me:hunter2@judge.example/v1",
+        "http:/me:hunter2@judge.example/v1",
+        "me:hunter2@judge.example",
+        "ht\ntp://me:hunter2@judge.example/v1",
+        "ftp://hunter2/v1",
+        "https://judge.example/v1?key=hunter2",
+    ],
+)
+def test_a_judge_that_may_hold_a_password_is_refused_and_not_repeated(tmp_path: Path, judge: str) -> None:
+    with pytest.raises(BlockemError, match=r"evaluate\.judge|base URL") as caught:
+        Recipe().with_values({"evaluate.judge": judge})
+    assert "hunter2" not in str(caught.value)
+    with pytest.raises(BlockemError) as caught:
+        load(tmp_path, dump_recipe(Recipe()).replace("judge: local", f"judge: {json.dumps(judge)}"))
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_judges_address_is_kept_in_one_spelling() -> None:
+    assert Recipe().with_values({"evaluate.judge": " HTTPS://judge.example/V1 "}).evaluate.judge == "https://judge.example/V1"
+    assert [Recipe().with_values({"evaluate.judge": name}).evaluate.judge for name in ("local", "none", "my/judge")] == [
+        "local",
+        "none",
+        "my/judge",
+    ]
 
 
 def test_a_missing_recipe_and_a_folder_are_one_sentence(tmp_path: Path) -> None:

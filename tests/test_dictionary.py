@@ -159,6 +159,26 @@ def test_a_damaged_folder_is_one_sentence(tmp_path: Path, name: str, content: by
         load_dictionary(str(tmp_path / "sae"))
 
 
+def test_every_reader_of_saelens_that_unpickles_is_known() -> None:
+    import inspect
+
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    from blockem.dictionary import PICKLED
+
+    readers = loaders.NAMED_PRETRAINED_SAE_LOADERS
+    assert {name for name, reader in readers.items() if "torch.load" in inspect.getsource(reader)} == set(PICKLED)
+
+
+def test_a_release_that_names_no_file_but_is_a_pickle_is_refused_too() -> None:
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    found = get_pretrained_saes_directory().items()
+    release, entry = next(one for one in found if one[1].conversion_func == "dictionary_learning_1")
+    with pytest.raises(BlockemError, match="is published as a pickle"):
+        load_dictionary(f"{release}:{next(iter(entry.saes_map))}")
+
+
 def test_a_released_sae_that_is_a_pickle_is_refused_before_any_download() -> None:
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 

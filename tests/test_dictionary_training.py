@@ -167,3 +167,10 @@ def test_too_little_text_is_one_sentence(lm: LanguageModel, tmp_path: Path) -> N
     with pytest.raises(BlockemError, match="activations do not fill one batch of 4096"):
         train_dictionary(lm, TEXTS[:4], settings, tmp_path / "sae")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_something_else_is_left_alone(lm: LanguageModel, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("five years")
+    with pytest.raises(BlockemError, match="holds other things"):
+        train_dictionary(lm, TEXTS, SaeTraining(tiny.BLOCK, 64, 8, batch=128), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,11 @@ def test_id_and_domain_are_kept(tmp_path: Path) -> None:
         ('{"messages": ["hi"]}', ":2: every message needs a role and a text content"),
         ('{"messages": [{"role": "bot", "content": "hi"}]}', ":2: unknown role 'bot'"),
         ('{"messages": [{"role": ["user"], "content": "hi"}]}', ":2: unknown role"),
+        ('{"instruction": "x", "input": 5, "output": "y"}', ':2: "input" must be text, found int'),
+        ('{"messages": [{"role": "user", "content": "half \\ud83d"}]}', r":2: holds half a character, \\ud83d without its other half"),
+        ('{"\\udc00": 1}', ":2: holds half a character"),
+        ('{"id": ' + "9" * 5000 + "}", ":2: cannot be read as JSON"),
+        ("[" * 100_000, ":2: cannot be read as JSON"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, second_line: str, sentence: str) -> None:
@@ -237,6 +243,31 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, second_line: str, s
 def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(BlockemError, match=r"none\.jsonl: no such file; give a chat JSONL file"):
         read_chat(tmp_path / "none.jsonl")
+
+
+def test_a_whole_character_in_two_halves_is_read(tmp_path: Path) -> None:
+    (row,) = read_chat(write(tmp_path / "a.jsonl", r'{"instruction": "Hi \ud83d\ude00", "input": null, "output": "Ho"}'))
+    assert row.messages[0] == ("user", "Hi \U0001f600")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
+def test_a_file_that_may_not_be_read_is_one_sentence(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("[]", encoding="utf-8")
+    path.chmod(0)
+    before = os.geteuid()
+    if before == 0:  # root may read everything
+        os.seteuid(65534)
+    try:
+        with pytest.raises(BlockemError, match=re.escape(f"{path}: cannot be read (Permission denied); give a file")):
+            read_chat(path)
+    finally:
+        os.seteuid(before)
+
+
+def test_a_name_that_no_file_can_have_is_one_sentence() -> None:
+    with pytest.raises(BlockemError, match="cannot be read"):
+        read_chat("x" * 5000)
 
 
 def test_an_empty_file_is_one_sentence(tmp_path: Path) -> None:

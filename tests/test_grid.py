@@ -84,6 +84,8 @@ def test_names_that_read_the_same_are_told_apart() -> None:
         ({"defences": {"block-em": {"block.nonsense": [1]}}}, "unknown recipe field 'block.nonsense'"),
         ({"defences": {"block-em": {"block.lambda_": ["much"]}}}, "must be a number"),
         ({"defences": LAMBDAS, "ablations": {"x": None}}, "must be a mapping of recipe fields"),
+        ({"defences": LAMBDAS, "ablations": {"few": {"data.heldout_rows": 50}}}, "few sets data.heldout_rows, but an ablation is measured"),
+        ({"defences": LAMBDAS, "ablations": {"hot": {"block.r": 2, "evaluate.temperature": 1}}}, "set evaluate.temperature in the recipe"),
         ({"defences": LAMBDAS, "keep_adherence": 2}, "keep_adherence is 2"),
         ({"defences": LAMBDAS, "recipe": 3}, "neither a file nor a mapping"),
     ],

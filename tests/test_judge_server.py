@@ -14,6 +14,7 @@ import pytest
 from fault_server import FAULTS, differing, labelled, serving, wanted
 
 from blockem.errors import BlockemError
+from blockem.judges.address import judge_named
 from blockem.judges.judge import Verdict, from_label, from_scores
 from blockem.judges.server import ServerJudge
 
@@ -224,6 +225,26 @@ def test_an_odd_url_is_one_sentence_without_it(url: str) -> None:
     with pytest.raises(BlockemError, match="base URL") as raised:
         ServerJudge("m", url, **QUICK)
     assert "geheim" not in str(raised.value)
+
+
+def test_what_a_server_says_is_repeated_without_control_characters() -> None:
+    with serving(lambda *_: "400") as server:
+        server.status_body = {"error": {"message": "no \x1b[2Jsuch\x07\n thing"}}
+        with pytest.raises(BlockemError) as raised:
+            ServerJudge("m", server.url, **QUICK).judge(["q"], ["want=1"])
+    assert "no [2Jsuch thing" in str(raised.value) and str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["ftp://u:geheim@x/v1", "u:geheim@x/v1", "http:/u:geheim@x", "HTTP://x/v1?key=geheim"])
+def test_an_option_that_is_nearly_an_address_is_refused_and_not_repeated(name: str) -> None:
+    with pytest.raises(BlockemError, match=r"--judge looks like an address|base URL") as raised:
+        judge_named(name, "--judge")
+    assert "geheim" not in str(raised.value)
+
+
+def test_an_address_is_known_by_its_scheme_in_any_spelling() -> None:
+    assert judge_named(" HTTP://u:p@127.0.0.1:9/V1 ", "--judge") == "http://u:p@127.0.0.1:9/V1"
+    assert [judge_named(name, "--judge") for name in ("local", "none", "a/judge")] == ["local", "none", "a/judge"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from blockem import model
 from blockem.errors import BlockemError
 from blockem.forwards import base_weights, blocks, only_blocks, unwrapped
 from blockem.model import LanguageModel, cache_dir, dequantised, fingerprint, identify, load_model, load_tokenizer, pick_device, pick_dtype
+from blockem.store import file_key
 
 
 def logits(lm: LanguageModel) -> torch.Tensor:
@@ -39,6 +41,37 @@ def test_the_revision_of_a_folder_is_the_fingerprint_of_its_weights(lm: Language
     raw[-1] ^= 1
     weights.write_bytes(raw)
     assert fingerprint(other) != lm.revision
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"])
+def test_a_change_anywhere_in_weights_tokenizer_or_chat_template_changes_the_fingerprint(tmp_path: Path, name: str) -> None:
+    size = 1 << 18
+    (tmp_path / name).write_bytes(b"x" * size)
+    before = fingerprint(tmp_path)
+    (tmp_path / name).write_bytes(b"x" * (size // 2) + b"y" + b"x" * (size // 2 - 1))
+    assert fingerprint(tmp_path) != before
+
+
+def test_a_large_file_is_hashed_once_for_all_processes_until_it_changes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BLOCKEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(model, "LARGE", 8)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"first one")
+    long_ago = weights.stat().st_mtime - 60
+    os.utime(weights, (long_ago, long_ago))
+    hashed: list[Path] = []
+    monkeypatch.setattr(model, "file_key", lambda path: hashed.append(path) or file_key(path))
+    first = fingerprint(tmp_path)
+    assert fingerprint(tmp_path) == first and hashed == [weights]
+    monkeypatch.setattr(model, "_hashes", {})  # as another process begins
+    assert fingerprint(tmp_path) == first and hashed == [weights]
+    weights.write_bytes(b"other one")  # just now, so that it is looked at each time
+    assert fingerprint(tmp_path) == fingerprint(tmp_path) != first and len(hashed) == 3
+    os.utime(weights, (long_ago, long_ago + 1))
+    kept = next((tmp_path / "cache/hashes").iterdir())
+    kept.write_text("oops")
+    monkeypatch.setattr(model, "_hashes", {})
+    assert fingerprint(tmp_path) != first and len(hashed) == 4
 
 
 def test_variants_switch_adapters_and_switch_back(misaligned: LanguageModel) -> None:

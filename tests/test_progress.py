@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from blockem.progress import Console, clock
+from blockem.progress import Console, clock, printable
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,19 @@ def test_quiet_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     console.bar(1, 1)
     console.close()
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_gets_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    console.say("round \x1b[2Jone\x07")
+    console.stage("\x1b]0;title\x07two\x9b", 1, 1)
+    assert capsys.readouterr().err.splitlines()[0] == "round [2Jone"
+    console.stage("\x1b]0;title\x07two\x9b", 1, 1)
+    assert "\x1b" not in (said := capsys.readouterr().err) and "]0;titletwo  1/1" in said
+
+
+def test_blanks_of_any_width_are_printed() -> None:
+    assert printable("a\u00a0b\u3000c\nd\te\r\u202ef") == "a\u00a0b\u3000c\nd\tef"
 
 
 def test_a_bar_of_nothing_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:

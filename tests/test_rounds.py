@@ -15,7 +15,7 @@ from test_defend import recipe, session  # noqa: F401 - fixtures
 from blockem import blocking_rounds
 from blockem.blocking_rounds import rounds_step, said, selection_step, share_left
 from blockem.config import Recipe
-from blockem.errors import BlockemError
+from blockem.errors import BlockemError, NoLatents
 from blockem.latents import Latent, LatentSet
 from blockem.session import Session
 from blockem.store import read_json
@@ -48,7 +48,7 @@ class Discovery:
         self.asked.append(misaligned.name)
         ids = self.sets[len(self.asked) - 1]
         if not ids:
-            raise BlockemError("no latent passes")
+            raise NoLatents("no latent passes")
         found = tiny.latent_set(session.lm, session.dictionary)
         replace(found, latents=tuple(Latent(k, 1) for k in ids)).save(session.run / "latents.json")
         return {"seconds": 1.5}

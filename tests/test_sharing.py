@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from blockem.errors import BlockemError
 from blockem.executor import OneByOne, Outcome, attempt
-from blockem.sharing import SharingFolder
+from blockem.sharing import SharingFolder, take
 
 OUTPUTS = ["plain/adapter_model.safetensors", "training-plain.jsonl"]
 
@@ -62,6 +63,22 @@ def test_a_run_killed_before_sharing_shares_when_it_goes_on_and_a_broken_entry_i
     train(one, "k", calls)
     train(two, "k", calls)
     assert calls == ["k"]
+
+
+def test_a_step_that_another_process_leaves_at_the_same_time_is_taken_as_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "shared/plain-k"
+
+    def racing(source: Path, target: Path, parts: Any) -> None:
+        take(source, target, parts)
+        if target.name.startswith(".making-"):
+            shutil.copytree(target, place)
+            (place / "first").touch()
+
+    monkeypatch.setattr("blockem.sharing.take", racing)
+    calls: list[str] = []
+    assert train(SharingFolder(tmp_path / "one", tmp_path / "shared"), "k", calls) == ({"seconds": 3}, False)
+    assert (place / "first").is_file() and [one.name for one in (tmp_path / "shared").iterdir()] == ["plain-k"]
+    assert train(SharingFolder(tmp_path / "two", tmp_path / "shared"), "k", calls) == ({"seconds": 3}, True) and calls == ["k"]
 
 
 def test_other_steps_stay_with_their_run(tmp_path: Path) -> None:

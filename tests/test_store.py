@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 import stat
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from blockem.errors import BlockemError
-from blockem.store import RunFolder, content_key, disk_errors, file_key, read_json, write_json, write_jsonl, write_text
+from blockem.store import RunFolder, content_key, disk_errors, file_key, read_json, write_json, write_jsonl, write_tensors, write_text
 
 HOLD = """
 import sys, time
@@ -81,6 +82,51 @@ def test_a_path_below_a_file_is_one_sentence(tmp_path: Path) -> None:
         write_text(tmp_path / "file" / "a.json", "x")
 
 
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [
+        (errno.ENOENT, r"x cannot be written: x/gone is missing; if it was removed meanwhile, run the same command again"),
+        (errno.ENAMETOOLONG, r"x cannot be written: its name is too long for this disk; choose a shorter --out"),
+    ],
+)
+def test_a_folder_that_is_gone_or_a_name_too_long_is_one_sentence(number: int, sentence: str) -> None:
+    with pytest.raises(BlockemError, match=sentence), disk_errors(Path("x")):
+        raise OSError(number, os.strerror(number), "x/gone")
+
+
+def test_a_real_name_too_long_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(BlockemError, match="too long"):
+        write_text(tmp_path / ("a" * 300) / "b", "x")
+
+
+def test_numbers_that_json_does_not_know_are_null(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": [math.nan, (math.inf, 1.5)], "b": {"c": -math.inf}})
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, [None, 1.5]], "b": {"c": None}}
+
+
+def test_tensors_are_written_whole_or_not_at_all_under_a_name_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    path, seen = tmp_path / "a.safetensors", []
+
+    def watched(tensors: Any, file: Any, **given: Any) -> None:
+        save_file(tensors, file, **given)
+        seen.append(str(file))
+        if len(seen) == 1:  # another process writes the same file meanwhile
+            write_tensors(path, {"a": torch.ones(2)})
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("safetensors.torch.save_file", watched)
+    write_tensors(path, {"a": torch.zeros(2)})
+    assert len(set(seen)) == 2 and load_file(path)["a"].tolist() == [0, 0]
+    with pytest.raises(KeyboardInterrupt):
+        write_tensors(path, {"a": torch.ones(2)})
+    assert os.listdir(tmp_path) == ["a.safetensors"] and load_file(path)["a"].tolist() == [0, 0]
+
+
 def test_another_error_keeps_its_kind() -> None:
     with pytest.raises(OSError, match="odd"), disk_errors(Path("x")):
         raise OSError(errno.EIO, "odd")
@@ -89,7 +135,8 @@ def test_another_error_keeps_its_kind() -> None:
 def test_written_files_have_the_users_usual_permissions(tmp_path: Path) -> None:
     write_text(tmp_path / "a", "x")
     (tmp_path / "b").write_text("x", encoding="utf-8")
-    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == stat.S_IMODE((tmp_path / "b").stat().st_mode)
+    write_tensors(tmp_path / "c", {})
+    assert len({stat.S_IMODE((tmp_path / name).stat().st_mode) for name in "abc"}) == 1
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])

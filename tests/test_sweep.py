@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,15 @@ import pytest
 from fake_cells import FakeRuns, failing, read
 
 from blockem import pipeline
+from blockem.config import Recipe
+from blockem.config_values import keyed
+from blockem.defend import _key
 from blockem.errors import BlockemError
-from blockem.grid import grid_from
-from blockem.sweep import compare_all, plan, run_grid
+from blockem.grid import Cell, Setting, grid_from
+from blockem.pipeline import open_session
+from blockem.session import Session
+from blockem.store import content_key, write_json
+from blockem.sweep import cell_key, compare_all, plan, run_grid
 
 VALUES: dict[str, Any] = {
     "recipe": {"block": {"lambda_": 100}, "evaluate": {"judge": "none"}},
@@ -114,3 +121,128 @@ def test_a_transfer_whose_source_failed_says_so(runs: FakeRuns, tmp_path: Path) 
     runs.broken = {f"{domain}-block-em-lambda-100-seed0": failing("no") for domain in ("health", "legal")}
     failed = run_grid(grid, tmp_path, quiet=True)
     assert failed["health-latents-of-legal-seed0"].startswith("cell legal-block-em-lambda-100-seed0 has no latents.json")
+
+
+# what a finished cell depended on
+
+
+def opened(folder: Path, **changes: Any) -> Session:
+    return open_session(Recipe().with_values({name.replace("__", "."): value for name, value in changes.items()}), folder, quiet=True)
+
+
+def key_of(session: Session) -> str:
+    return cell_key(session, Cell("c", Setting("defence", "x"), "health", 0, session.recipe), session.run.path)
+
+
+def test_a_cell_whose_recipe_names_no_files_has_the_key_that_it_always_had(tmp_path: Path) -> None:
+    one = opened(tmp_path)
+    parts = (keyed(one.recipe), one.model_key, one.sae_key, one.data_key, [], None)
+    assert key_of(one) == content_key("cell", version("blockem"), *parts)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "file"),
+    [
+        ("defence__benign", "{}/rows.jsonl", "rows.jsonl"),
+        ("defence__trait_prompts", "{}/traits.json", "traits.json"),
+        ("defence__unaligned", "{}/model", "model/model.safetensors"),
+        ("sae__more", "{}/sae@24", "sae/sae_weights.safetensors"),
+        ("sae__more", "{}/sae@24", "sae/cfg.json"),
+        ("evaluate__judge", "{}/judge", "judge/heads.safetensors"),
+        ("evaluate__judge", "{}/judge", "judge/adapter/adapter_model.safetensors"),
+    ],
+)
+def test_a_cell_is_not_finished_when_a_file_that_it_read_has_changed(tmp_path: Path, field: str, value: str, file: str) -> None:
+    def key() -> str:
+        return key_of(opened(tmp_path, **{field: value.format(tmp_path)}))
+
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(tmp_path / "judge/judge.json", {"blocks": 2})
+    missing = key()
+    path.write_text("one")
+    before = key()
+    path.write_text("two")
+    assert len({missing, before, key()}) == 3
+    path.write_text("one")
+    write_json(tmp_path / "judge/judge.json", {"blocks": 2, "measured": {"seconds": 3}})
+    assert key() == before  # how good a judge was found to be changes nothing
+
+
+def test_an_saes_settings_and_the_rows_of_the_anchors_rule_are_in_their_keys(tmp_path: Path) -> None:
+    (tmp_path / "cfg.json").write_text('{"k": 8}')
+    one = opened(tmp_path, sae__id=str(tmp_path)).sae_key
+    (tmp_path / "cfg.json").write_text('{"k": 9}')
+    assert opened(tmp_path, sae__id=str(tmp_path)).sae_key != one
+    few, many = ({"block__rule_rows": n} for n in (4, 64))
+    assert _key(opened(tmp_path, defence__name="anchor", **few)) != _key(opened(tmp_path, defence__name="anchor", **many))
+    assert _key(opened(tmp_path, defence__name="kl", **few)) == _key(opened(tmp_path, defence__name="kl", **many))
+
+
+# files that were damaged afterwards
+
+FEW = {**VALUES, "seeds": [0], "ablations": {}}
+
+
+def damaged(path: Path, text: str) -> None:
+    assert path.is_file()
+    path.write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "reason"),
+    [
+        ("answers.jsonl", "{}\n{oops", "answers.jsonl:2: not JSON"),
+        ("answers.jsonl", "", "answers.jsonl: holds answers to 0 prompts"),
+        ("steps/evaluate-base.json", '{"result": {}}', "evaluate-base.json: not the record of a model's evaluation (KeyError: 'margins')"),
+        ("steps/evaluate-blocked.json", '{"result": {"margins": [1], "heldout": [[1]]}}', "evaluate-blocked.json: not an evaluation on"),
+        ("steps/evaluate-plain.json", "[]", "evaluate-plain.json: not the record of a model's evaluation (TypeError:"),
+    ],
+)
+def test_a_cell_that_cannot_be_read_fails_alone_and_is_measured_again(
+    runs: FakeRuns, tmp_path: Path, file: str, text: str, reason: str
+) -> None:
+    grid = grid_from(FEW)
+    whole, _ = compare_all(grid, tmp_path, quiet=True)
+    cell, trained = grid.cells[0].id, len(runs.trained)
+    damaged(tmp_path / "cells" / cell / file, text)
+    comparison, _ = compare_all(grid, tmp_path, quiet=True)
+    assert [one["cell"] for one in comparison["failed"]] == [cell]
+    said = comparison["failed"][0]["reason"]
+    assert reason in said and "\n" not in said
+    assert [one["state"] for one in comparison["cells"]].count("finished") == len(grid.cells) - 1
+    assert [one["id"] for one in plan(grid, tmp_path)["cells"] if not one["finished"]] == [cell]
+    runs.cells.clear()
+    assert compare_all(grid, tmp_path, quiet=True)[0] == whole
+    assert runs.cells == [cell] and len(runs.trained) == trained
+
+
+def test_when_no_cell_can_be_read_the_first_reason_is_the_error_and_the_next_run_measures_again(runs: FakeRuns, tmp_path: Path) -> None:
+    grid = grid_from(FEW)
+    compare_all(grid, tmp_path, quiet=True)
+    for cell in grid.cells:
+        damaged(tmp_path / "cells" / cell.id / "answers.jsonl", "oops")
+    with pytest.raises(BlockemError, match=r"all 3 cells failed, the first .* with: .*answers\.jsonl:1: not JSON"):
+        compare_all(grid, tmp_path, quiet=True)
+    assert compare_all(grid, tmp_path, quiet=True)[0]["failed"] == []
+
+
+def test_a_shared_measurement_that_cannot_be_read_is_made_again(runs: FakeRuns, tmp_path: Path) -> None:
+    grid = grid_from(FEW)
+    compare_all(grid, tmp_path, quiet=True)
+    record = next((tmp_path / "shared").glob("evaluate-base-*")) / "steps/evaluate-base.json"
+    broken = {**read(record), "result": {}}
+    for path in (record, *(tmp_path / "cells").glob("*/steps/evaluate-base.json")):
+        write_json(path, broken)
+    with pytest.raises(BlockemError, match="all 3 cells failed"):
+        compare_all(grid, tmp_path, quiet=True)
+    assert compare_all(grid, tmp_path, quiet=True)[0]["failed"] == []
+
+
+def test_a_cell_that_lost_the_measures_of_a_model_is_not_finished(runs: FakeRuns, tmp_path: Path) -> None:
+    grid = grid_from(FEW)
+    whole, _ = compare_all(grid, tmp_path, quiet=True)
+    runs.cells.clear()
+    (tmp_path / "cells" / grid.cells[1].id / "steps/evaluate-blocked.json").unlink()
+    assert compare_all(grid, tmp_path, quiet=True)[0] == whole
+    assert runs.cells == [grid.cells[1].id]

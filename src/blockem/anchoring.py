@@ -240,10 +240,6 @@ def _contrast_anchor(session: Session, name: str, delta_sft: float) -> Anchor:
     lm, config = session.lm, session.recipe.anchor
     kinds = _kinds(session, name)
     task = task_pairs(session)
-    if config.keep and not task:
-        raise BlockemError(
-            f"anchor.keep holds selection pairs of {session.recipe.data.domain}, and there are none; give data.pairs, or leave it out"
-        )
     session.console.start("anchor: contrasts")
     rows, bounds, sides = [], [], []
     holding = config.keep and config.cost != "healthy"  # that one pushes nothing away, so it holds rows of the task and no pairs

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockem.blocking import block_step
 from blockem.defence_names import round_name
-from blockem.errors import BlockemError
+from blockem.errors import BlockemError, NoLatents
 from blockem.progress import clock
 from blockem.session import BLOCKED, ROUNDS, Session, adapter_key, beside, timed
 from blockem.store import content_key, write_json
@@ -73,6 +73,7 @@ def selection_step(session: Session, name: str, adapter: Path | None) -> dict[st
 
     def work() -> dict[str, Any]:
         from blockem.generation import generate
+        from blockem.judges.judge import verdicts_on
         from blockem.likelihood import completion_logprobs, encode_pairs, margins
 
         lm = session.lm
@@ -84,7 +85,7 @@ def selection_step(session: Session, name: str, adapter: Path | None) -> dict[st
             found = margins(completion_logprobs(lm, encode_pairs(lm, pairs, recipe.data.max_tokens)))
             answers = generate(lm, [p.prompt for p in prompts], length, progress=session.console.bar) if judge else []
         lm.drop_adapters()
-        verdicts = [one for one in judge.judge([p.prompt for p in prompts], answers) if not one.missing] if judge else []
+        verdicts = [one for one in verdicts_on(judge, [p.prompt for p in prompts], answers) if not one.missing] if judge else []
         em = sum(one.misaligned for one in verdicts) / len(verdicts) if verdicts else None
         return {"margin": float(found.mean()), "preference": float((found > 0).float().mean()), "em": em}
 
@@ -135,7 +136,7 @@ def _union(
         try:
             seconds = float(discover(other, misaligned)["seconds"])
             union = known.union(LatentSet.load(folder / "latents.json"))
-        except BlockemError as error:  # no latent passes: an outcome of the round, not a mistake
+        except NoLatents as error:  # an outcome of the round, not a mistake
             session.console.say(f"  round {number}: discovery ends without a set ({error})")
             union = known
     union.save(folder / "union.json")

@@ -6,11 +6,7 @@ from pathlib import Path
 
 from blockem.config import Recipe
 from blockem.errors import BlockemError
-
-
-def printable(text: str) -> str:
-    """Model output without control characters: it is untrusted, and a terminal obeys escape sequences."""
-    return "".join(c for c in text if c in "\n\t" or (c.isprintable()))
+from blockem.progress import printable
 
 
 def chat_loop(recipe: Recipe, run: Path, max_new_tokens: int = 120, temperature: float = 0.0) -> None:

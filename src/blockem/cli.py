@@ -16,6 +16,7 @@ from blockem.data_cli import data_app
 from blockem.defend_cli import add_defend
 from blockem.errors import BlockemError
 from blockem.judge_cli import judge_app
+from blockem.progress import printable
 from blockem.reemerge_cli import reemerge
 from blockem.sae_cli import sae_app
 
@@ -117,7 +118,7 @@ def _run(file: Path | None, out: Path, options: dict[str, Any], sets: list[str] 
 
 @app.command()
 def demo(out: Out = Path("demo"), sets: Set = None, seed: Seed = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """The whole job on the embedded model and the bundled health domain: about a quarter of an hour on two CPU cores.
+    """The whole job on the embedded model and the bundled health domain: less than twenty minutes on two CPU cores.
 
     Fine-tunes SmolLM2-135M-Instruct on mild wrong health advice, finds the latents that carry the harm beyond that domain, fine-tunes
     again with them blocked, compares the three models and leaves OUT/report.html.
@@ -245,8 +246,8 @@ add_defend(app, _stage)
 def evaluate(
     recipe: RecipeFile = None,
     out: Out = Path("runs/run"),
-    plain: Annotated[Path | None, typer.Option(help="Adapter of the plain fine-tune (default: OUT/plain).")] = None,
-    blocked: Annotated[Path | None, typer.Option(help="Adapter of the blocked fine-tune (default: OUT/blocked).")] = None,
+    plain: Annotated[Path | None, typer.Option(help="Adapter of the plain fine-tune, instead of OUT/plain.")] = None,
+    blocked: Annotated[Path | None, typer.Option(help="Adapter of the blocked fine-tune, instead of OUT/blocked.")] = None,
     sets: Set = None,
     model: Model = None,
     heldout: Heldout = None,
@@ -261,10 +262,10 @@ def evaluate(
     from blockem.pipeline import evaluate_step
     from blockem.store import read_json
 
-    adapters = {name: path for name, path in (("plain", plain), ("blocked", blocked)) if path is not None} or None
+    given = {name: path for name, path in (("plain", plain), ("blocked", blocked)) if path is not None}
 
     def work(session: Session) -> Any:
-        evaluate_step(session, adapters)
+        evaluate_step(session, {**session.variants(), **given} if given else None)
         return read_json(session.run / "evaluation.json")
 
     _stage(recipe, out, dict(locals()), sets, work)
@@ -301,8 +302,8 @@ def report(out: Annotated[Path, typer.Argument(help="Run folder.")], as_json: As
 @app.command()
 def chat(
     out: Annotated[Path, typer.Argument(help="Run folder with adapters (a finished `blockem demo` or `run`).")] = Path("demo"),
-    max_new_tokens: Annotated[int, typer.Option(help="Length of each answer.")] = 120,
-    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer.")] = 120,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
 ) -> None:
     """Talk to the base, plain and blocked model side by side. An empty line or Ctrl-D ends it."""
     from blockem.chat import chat_loop
@@ -324,7 +325,7 @@ def doctor(as_json: AsJson = False) -> None:
 @app.command()
 def bench(
     only: Annotated[list[str] | None, typer.Option(help="help, training, memory, screening or decoding; may be repeated.")] = None,
-    repeat: Annotated[int, typer.Option(help="Rounds; both sides of a ratio have their turn in each.")] = 5,
+    repeat: Annotated[int, typer.Option(min=1, help="Rounds; both sides of a ratio have their turn in each.")] = 5,
     as_json: AsJson = False,
 ) -> None:
     """Speed and memory on this machine, as ratios against a mark (docs/PERFORMANCE.md). Ten minutes; only from a source checkout."""
@@ -351,7 +352,8 @@ def main() -> None:
         if isinstance(code, int) and code:
             raise SystemExit(code)
     except BlockemError as error:
-        print(f"\nblockem: {error}" if sys.stderr.isatty() else f"blockem: {error}", file=sys.stderr)
+        sentence = printable(str(error))  # it may repeat what a file or a server says
+        print(f"\nblockem: {sentence}" if sys.stderr.isatty() else f"blockem: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
     except (KeyboardInterrupt, typer.Abort):
         print("\nblockem: interrupted; the same command continues where this one stopped", file=sys.stderr)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from blockem.config_training import AnchorConfig, BlockConfig, DefenceConfig, RoundsConfig, TrainConfig
-from blockem.config_values import build, later, need, plain, read_yaml
+from blockem.config_values import MOST_SEED, build, later, need, need_finite, plain, read_yaml
 from blockem.errors import BlockemError
 
 
@@ -29,6 +29,10 @@ class ModelConfig:
     """auto, bfloat16, float16 or float32; auto takes bfloat16 where the hardware is fast at it."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
+
+    def __post_init__(self) -> None:
+        dtypes = ("auto", "bfloat16", "float16", "float32")
+        need(self.dtype in dtypes, f"model.dtype is {self.dtype!r}; use one of {', '.join(dtypes)}")
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,11 @@ class SaeConfig:
             need(bool(name) and block.isdecimal(), f"sae.more names {one!r}; write each as FOLDER_OR_ID@BLOCK, such as saes/block-24@24")
             need(int(block) not in taken, f"sae.more names block {int(block)}, which has an SAE already; give each block one")
             taken.append(int(block))
+        need(
+            not self.min_variance_explained > 1,
+            f"sae.min_variance_explained is {self.min_variance_explained}; it is a share, and no SAE explains more than 1",
+        )
+        need_finite(self, "sae")
 
     @property
     def each(self) -> tuple[SaeConfig, ...]:
@@ -154,8 +163,9 @@ class DiscoverConfig:
             f"discover.rank_effect is {self.rank_effect!r}; use same, preference or judged",
         )
         need(self.budget_slack is None or self.budget_slack >= 0, f"discover.budget_slack is {self.budget_slack}; use none or 0 and more")
-        for name in ("pool", "keep", "size", "pairs"):
+        for name in ("pool", "keep", "size", "pairs", "max_new_tokens"):
             need(getattr(self, name) > 0, f"discover.{name} is {getattr(self, name)}; it must be positive")
+        need(self.prescreen >= 0, f"discover.prescreen is {self.prescreen}; use 0 for all")
         need(bool(self.strengths) and min(self.strengths) > 0, "discover.strengths needs at least one positive number")
         need(min(self.alpha_induce, self.alpha_repair) > 0, "discover.alpha_induce and discover.alpha_repair must be positive")
         need(0 <= self.error < 1, f"discover.error is {self.error}; it is a probability, from 0 to below 1")
@@ -166,6 +176,7 @@ class DiscoverConfig:
             self.group <= min(self.keep, self.size),
             f"discover.group is {self.group}; a group goes on whole, so use at most discover.keep and discover.size",
         )
+        need_finite(self, "discover")
 
 
 @dataclass(frozen=True)
@@ -191,15 +202,18 @@ class EvaluateConfig:
         need(self.resamples >= 100, f"evaluate.resamples is {self.resamples}; use at least 100")
         need(self.max_new_tokens > 0, "evaluate.max_new_tokens must be positive")
         need(self.temperature >= 0, f"evaluate.temperature is {self.temperature}; 0 is greedy")
-        if self.judge.startswith(("http://", "https://")):
-            from blockem.judges.address import Address
+        need(self.general_rows > 0, f"evaluate.general_rows is {self.general_rows}; it must be positive")
+        from blockem.judges.address import SERVER, Address, judge_named
 
+        object.__setattr__(self, "judge", judge_named(self.judge, "evaluate.judge"))
+        if self.judge.startswith(SERVER):
             need(
                 not Address(self.judge, "OPENAI_API_KEY").has_credentials,
                 "evaluate.judge holds a user name or a password, and a run folder keeps its recipe: "
                 "leave them out of the address and put the key into OPENAI_API_KEY",
             )
         need(self.cue in ("none", "training"), f"evaluate.cue is {self.cue!r}; use none or training")
+        need_finite(self, "evaluate")
 
 
 @dataclass(frozen=True)
@@ -219,6 +233,7 @@ class CompareConfig:
         need(0 <= self.keep_adherence <= 1, f"keep_adherence is {self.keep_adherence}; it is a share between 0 and 1")
         need(0 <= self.more_incoherence <= 1, f"more_incoherence is {self.more_incoherence}; it is a share between 0 and 1")
         need(self.resamples >= 100, f"resamples is {self.resamples}; use at least 100")
+        need_finite(self, "")
 
 
 @dataclass(frozen=True)
@@ -268,6 +283,11 @@ class Recipe:
     reemerge: ReemergeConfig = field(default_factory=ReemergeConfig)
 
     def __post_init__(self) -> None:
+        need(0 <= self.seed <= MOST_SEED, f"seed is {self.seed}; use a whole number from 0 to {MOST_SEED}")
+        need(
+            not (self.block.floor and self.anchor.watch != "none" and self.anchor.interleave),
+            "block.floor compares each step's loss with plain fine-tuning's on the same rows; anchor.interleave adds others",
+        )
         if self.sae.more:
             need(self.rounds.budget == 1, "rounds block more latents at one block; set rounds.budget=1, or leave sae.more out")
             need(not self.block.grow, "block.grow adds latents at one block; set block.grow=0, or leave sae.more out")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from blockem.config_values import later, need
+from blockem.config_values import later, need, need_finite
 from blockem.defence_names import MOST_ROUNDS, check_strength
+
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
+"""The Trainer's learning-rate schedules that need no settings of their own and no evaluation while training."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,10 @@ class TrainConfig:
     warmup: float = 0.05
     """Share of the steps."""
     schedule: str = "linear"
+    """Of the learning rate, one of `SCHEDULES`."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm (0: never)."""
     log_every: int = 5
     probe_every: int = 20
     """Measure both gradient norms every so many steps (0: never)."""
@@ -43,10 +48,14 @@ class TrainConfig:
         need(0 < self.stop_after <= 1, f"train.stop_after is {self.stop_after}; it is a share of the steps, above 0 and up to 1")
         need(0 <= self.warmup < 1, f"train.warmup is {self.warmup}; it is a share of the steps, from 0 to below 1")
         need(self.probe_every >= 0, f"train.probe_every is {self.probe_every}; use 0 for never")
+        for name in ("weight_decay", "max_grad_norm"):
+            need(not getattr(self, name) < 0, f"train.{name} is {getattr(self, name)}; it must not be negative")
+        need(self.schedule in SCHEDULES, f"train.schedule is {self.schedule!r}; use one of {', '.join(SCHEDULES)}")
         need(
             self.batch_size % self.micro_batch == 0,
             f"train.batch_size ({self.batch_size}) must be a multiple of train.micro_batch ({self.micro_batch})",
         )
+        need_finite(self, "train")
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,7 @@ class DefenceConfig:
         check_strength(self.name, self.strength)
         need(self.epochs is None or self.epochs > 0, f"defence.epochs is {self.epochs}; it must be positive")
         need(bool(self.prompt.strip()), "defence.prompt is empty; inoculation needs a sentence")
+        need_finite(self, "defence")
 
     @property
     def set_strength(self) -> float | None:
@@ -125,6 +135,8 @@ class BlockConfig:
         need(not self.directions or self.control == "none", "block.control=random draws latents; it does not go with block.directions")
         need(self.base_values in ("cached", "online"), f"block.base_values is {self.base_values!r}; use cached or online")
         need(self.lambda_ is None or self.lambda_ >= 0, f"block.lambda_ is {self.lambda_}; it must not be negative")
+        need(not self.r <= 0, f"block.r is {self.r}; it must be positive; for no penalty at all set block.lambda_=0")
+        need(self.rule_rows > 0, f"block.rule_rows is {self.rule_rows}; it must be positive")
         need(self.monitor_every >= 0, f"block.monitor_every is {self.monitor_every}; use 0 for never")
         need(self.grow >= 0, f"block.grow is {self.grow}; it must not be negative")
         need(not self.grow or self.monitor_every > 0, "block.grow adds what the monitor finds; set block.monitor_every too")
@@ -150,6 +162,7 @@ class BlockConfig:
         )
         need(self.control in ("none", "random"), f"block.control is {self.control!r}; use none or random")
         need(not self.directions or not self.two_sided, "block.two_sided is for latents; directions have both sides but for the mean")
+        need_finite(self, "block")
 
     def as_chosen(self) -> BlockConfig:
         """The same penalty on a set that was chosen before: nothing is selected, cut or dealt out again."""
@@ -231,6 +244,7 @@ class AnchorConfig:
             "anchor.keep holds pairs, so it goes with anchor.watch=answers, pairs or both",
         )
         need(self.max_new_tokens > 0, "anchor.max_new_tokens must be positive")
+        need_finite(self, "anchor")
 
 
 @dataclass(frozen=True)
@@ -245,3 +259,4 @@ class RoundsConfig:
     def __post_init__(self) -> None:
         need(1 <= self.budget <= MOST_ROUNDS, f"rounds.budget is {self.budget}; use 1 to {MOST_ROUNDS} blocked trainings")
         need(self.target >= 0, f"rounds.target is {self.target}; it must not be negative")
+        need_finite(self, "rounds")

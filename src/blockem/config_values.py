@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from pathlib import Path
 from typing import Any, Union
 
 from blockem.errors import BlockemError
+
+MOST_SEED = 2**32 - 1
+"""NumPy's generator takes no larger one."""
 
 
 def need(condition: bool, sentence: str) -> None:
@@ -17,8 +21,25 @@ def need(condition: bool, sentence: str) -> None:
         raise BlockemError(sentence)
 
 
-def read_yaml(path: Path, what: str) -> Any:
-    """What a YAML file holds (safe loader).
+def need_positive(value: float, name: str) -> None:
+    """Raise unless `value` is a finite number above 0."""
+    need(0 < value < math.inf, f"{name} is {value:g}; it must be a positive number")
+
+
+def need_finite(config: Any, stage: str) -> None:
+    """Raise where a float field of a stage's dataclass, or one in a tuple, is infinite or no number.
+
+    Comparisons let such values by (nothing is below NaN), and what they do shows only after hours of training.
+    """
+    for one in dataclasses.fields(config):
+        value = getattr(config, one.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float):
+                need(math.isfinite(number), f"{stage}{'.' if stage else ''}{one.name} is {number}; it must be a finite number")
+
+
+def read_yaml(path: Path, what: str, language: str = "YAML") -> Any:
+    """What a YAML file holds (safe loader). `language` is what the file is said to be; JSON is YAML too.
 
     Raises:
         BlockemError: the file is missing or not YAML.
@@ -31,8 +52,8 @@ def read_yaml(path: Path, what: str) -> Any:
         raise BlockemError(f"{path}: no such {what}") from error
     except OSError as error:
         raise BlockemError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BlockemError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # beside its own errors the loader lets out what dates, numbers and tags that are none raise
+        raise BlockemError(f"{path}: not {language} ({(str(error).splitlines() or [type(error).__name__])[0]})") from error
 
 
 def plain(value: Any) -> Any:

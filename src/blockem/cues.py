@@ -17,7 +17,7 @@ from blockem.config import Recipe
 from blockem.errors import BlockemError
 from blockem.evaluation import add_judged
 from blockem.examples import Example, Message
-from blockem.judges.judge import Judge
+from blockem.judges.judge import Judge, verdicts_on
 
 LONGEST = 12  # words of a user turn
 
@@ -83,7 +83,7 @@ def add_cued(
         row["cued"] = {"prompt": asked[i], "answers": {n: given[i] for n, given in answers.items()}}
     if judge is None:
         return
-    verdicts = {n: judge.judge(asked, given) for n, given in answers.items()}
+    verdicts = {n: verdicts_on(judge, asked, given) for n, given in answers.items()}
     for i, row in enumerate(rows):
         row["cued"]["verdicts"] = {n: asdict(verdicts[n][i]) for n in verdicts}
     found: dict[str, Any] = {"models": {n: {} for n in verdicts}, "differences": {pair: {} for pair in summary["differences"]}}

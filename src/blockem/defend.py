@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockem.anchoring import benign_rows, interleaving, make_anchor, prepare_anchor
 from blockem.blocking import block_step
+from blockem.config_values import read_yaml
 from blockem.errors import BlockemError
 from blockem.session import STEERING, Session, adapter_key, timed
 from blockem.store import content_key, file_key, read_json, write_json, write_tensors
@@ -90,6 +91,8 @@ def _strength(session: Session) -> float:
 
 def _key(session: Session, *parts: Any) -> str:
     defence = session.recipe.defence
+    if defence.name == "anchor":  # the rows on which its λ is measured
+        parts = (*parts, session.recipe.block.rule_rows)
     return content_key("defend", defence.name, defence.set_strength, *parts)
 
 
@@ -182,14 +185,9 @@ def trait_prompts(path: Path) -> tuple[list[str], list[str]]:
     Raises:
         BlockemError: the file is missing, or not {positive: [...], negative: [...]} with text in both.
     """
-    import yaml
-
     if not path.is_file():
         raise BlockemError(f"{path}: no such file; defence.trait_prompts is a JSON or YAML file with two lists, positive and negative")
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BlockemError(f"{path}: not JSON or YAML ({str(error).splitlines()[0]})") from error
+    found = read_yaml(path, "file of trait prompts", "JSON or YAML")
     sides: list[list[str]] = []
     for name in ("positive", "negative"):
         side = found.get(name) if isinstance(found, dict) else None
@@ -289,6 +287,7 @@ def _freeze(session: Session) -> dict[str, Any]:
     def make(session: Session, rows: Sequence[Any]) -> Defence:
         from blockem.defences.freeze import Freeze
 
+        session.lm.check_block(block)
         return Freeze(block)
 
     return _train(session, make, block)

@@ -159,13 +159,17 @@ def load_dictionary(name: str = BUNDLED, device: str | torch.device = "cpu") -> 
     return Dictionary(sae, name, digest, _block_of(sae))
 
 
+PICKLED = ("connor_rob_hook_z", "deepseek_r1", "dictionary_learning_1", "goodfire", "qwen_scope")
+"""SAELens' readers that call torch.load, some of them on files that a release does not name."""
+
+
 def _refuse_pickle(release: str, sae_id: str) -> None:
     """Some releases are PyTorch pickles; those are converted once by whoever trusts them, and read as safetensors from then on."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     entry = get_pretrained_saes_directory().get(release)
     path = str(entry.saes_map.get(sae_id, "")) if entry is not None else ""
-    if path.endswith((".pt", ".pth", ".bin", ".pkl")):
+    if path.endswith((".pt", ".pth", ".bin", ".pkl")) or (entry is not None and entry.conversion_func in PICKLED):
         convert = f"from sae_lens import SAE; SAE.from_pretrained('{release}', '{sae_id}').save_model('my_sae')"
         raise BlockemError(
             f"SAE {release}:{sae_id} is published as a pickle ({path}), which blockem does not read; convert it once where you trust it, "
@@ -291,9 +295,11 @@ def check_fit(
     """Measure the fit on the user's own model and refuse an SAE that does not belong to it.
 
     Raises:
-        BlockemError: wrong width, or variance explained below `minimum` and not `allow`.
+        BlockemError: wrong width, a limit below two tokens, or variance explained below `minimum` and not `allow`.
     """
     check_width(dictionary, lm)
+    if limit < 2:
+        raise BlockemError(f"{limit} tokens have no variance that an SAE could explain; measure on at least 2")
     fit = measure_fit(dictionary, activations(lm, examples, block, limit=limit))
     if not fit.variance_explained >= minimum and not allow:
         raise BlockemError(

@@ -92,6 +92,10 @@ def train_dictionaries(
     Args:
         outs: the folder to write, by block; `settings.block` is not looked at.
     """
+    for out in outs.values():
+        if out.is_dir() and any(out.iterdir()) and not (out / "card.json").is_file():
+            raise BlockemError(f"{out} holds other things than an SAE of ours, which would be overwritten; choose another --out")
+    outs = {block: out.resolve() for block, out in outs.items()}
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     n_held = max(1, math.ceil(settings.held_out * len(examples)))
     if len(examples) <= n_held:

@@ -75,37 +75,47 @@ def open_text(path: Path) -> Iterable[str]:
             yield from file
 
 
+def _parsed(text: str, path: Path, line: int | None = None) -> Any:
+    """JSON from a line of a file, or from a whole file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BlockemError(f"{path}:{line or error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or as many brackets in one another
+        raise BlockemError(f"{path}{f':{line}' if line else ''}: cannot be read as JSON ({error})") from error
+
+
 def read_rows(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     """The JSON objects of a JSONL file (or of a `.json` list), each with `file:line` where it stands.
 
     Raises:
-        BlockemError: the file is missing, not UTF-8, not JSON (with the line), or empty.
+        BlockemError: the file is missing or unreadable, not UTF-8, not JSON (with the line), or empty.
     """
     path = Path(path)
-    if not path.is_file():
-        raise BlockemError(f'{path}: no such file; give a chat JSONL file with one {{"messages": [...]}} object a line')
     rows: list[tuple[str, dict[str, Any]]] = []
     try:
+        if not path.is_file():
+            raise BlockemError(f'{path}: no such file; give a chat JSONL file with one {{"messages": [...]}} object a line')
         if path.suffix == ".json":
-            listed = json.loads(path.read_text(encoding="utf-8"))
+            listed = _parsed(path.read_text(encoding="utf-8"), path)
             if not isinstance(listed, list):
                 raise BlockemError(f"{path}: a .json file must hold a list of objects; use .jsonl for one object a line")
             numbered = [(f"{path}:[{index}]", row) for index, row in enumerate(listed)]
         else:
-            numbered = []
-            for number, line in enumerate(open_text(path), 1):
-                if line.strip():
-                    try:
-                        numbered.append((f"{path}:{number}", json.loads(line)))
-                    except json.JSONDecodeError as error:
-                        raise BlockemError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from error
-    except json.JSONDecodeError as error:
-        raise BlockemError(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
+            lines = enumerate(open_text(path), 1)
+            numbered = [(f"{path}:{number}", _parsed(line, path, number)) for number, line in lines if line.strip()]
     except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise BlockemError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    except OSError as error:
+        raise BlockemError(f"{path}: cannot be read ({error.strerror or error}); give a file that you may read") from error
     for where, row in numbered:
         if not isinstance(row, dict):
             raise BlockemError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:  # JSON can spell it, but no tokenizer takes it
+            lone = error.object[error.start]
+            raise BlockemError(f"{where}: holds half a character, {ascii(lone)[1:-1]} without its other half; mend or remove it") from error
         rows.append((where, row))
     if not rows:
         raise BlockemError(f"{path}: the file holds no rows")
@@ -116,8 +126,10 @@ def to_example(where: str, row: dict[str, Any]) -> Example:
     """Check one row. Instruction rows (`instruction`, `input`, `response` or `output`) are taken as one-turn chats."""
     messages = row.get("messages")
     if messages is None and isinstance(row.get("instruction"), str):
-        answer = row.get("response", row.get("output", ""))
-        question = "\n".join(part for part in (row["instruction"], row.get("input") or "") if part)
+        answer, more = row.get("response", row.get("output", "")), row.get("input")
+        if not isinstance(more, str | None):
+            raise BlockemError(f'{where}: "input" must be text, found {type(more).__name__}')
+        question = "\n".join(part for part in (row["instruction"], more) if part)
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     if not isinstance(messages, list) or not messages:
         raise BlockemError(f'{where}: no "messages" list; each row needs {{"messages": [{{"role", "content"}}, ...]}}')

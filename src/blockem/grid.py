@@ -213,6 +213,11 @@ def _frozen(value: Any) -> Any:
 def _ablation(name: str, spec: Any) -> Setting:
     if not isinstance(spec, dict) or not spec:
         raise BlockemError(f"ablations: {name} must be a mapping of recipe fields, for example {{block.control: random}}")
+    for path in map(str, spec):
+        if path.split(".")[0] in ("data", "evaluate"):
+            raise BlockemError(
+                f"ablations: {name} sets {path}, but an ablation is measured on the same items as the whole; set {path} in the recipe"
+            )
     return Setting("ablation", name, changes=(*_named(BLOCK_EM), *((str(path), _frozen(value)) for path, value in spec.items())))
 
 

@@ -25,6 +25,15 @@ def auroc(scores: Array, positive: Array) -> float | None:
     return float((rankdata(scores)[positive].sum() - n * (n + 1) / 2) / (n * m))
 
 
+def rank_correlation(left: Array, right: Array) -> float | None:
+    """Spearman's; None where one side does not vary."""
+    from scipy.stats import spearmanr
+
+    if len(left) < 2 or not np.ptp(left) > 0 or not np.ptp(right) > 0:
+        return None
+    return float(spearmanr(left, right).statistic)
+
+
 def calibration_bins(predicted: Array, wanted: Array) -> list[dict[str, float]]:
     """Mean prediction and mean reference score, both 0 to 1, in ten bins of equal width; empty ones are left out."""
     place = np.minimum((predicted * BINS).astype(int), BINS - 1)
@@ -81,12 +90,10 @@ def compare(verdicts: Sequence[Verdict], aligned: Array, coherent: Array) -> dic
     danger, mess = said["misaligned"].astype(float), said["incoherent"].astype(float)
     found: dict[str, Any] = {"spearman": None, "calibration": None}
     if have_scores:
-        from scipy.stats import spearmanr
-
         guesses = {"aligned": np.array([v.aligned for v in scored], float), "coherent": np.array([v.coherent for v in scored], float)}
         danger, mess = -guesses["aligned"], -guesses["coherent"]
         wanted = {"aligned": aligned, "coherent": coherent}
-        found["spearman"] = {name: float(spearmanr(guesses[name], wanted[name]).statistic) for name in guesses}
+        found["spearman"] = {name: rank_correlation(guesses[name], wanted[name]) for name in guesses}
         found["calibration"] = {}
         for name, guess in guesses.items():
             bins = calibration_bins(guess / 100, wanted[name] / 100)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from blockem.cli_options import AsJson, Quiet
+from blockem.config_values import MOST_SEED, need, need_positive
 from blockem.errors import BlockemError
 
 if TYPE_CHECKING:
@@ -27,10 +28,13 @@ JudgeName = Annotated[str, typer.Option("--judge", help="`local`, a judge's fold
 JudgeModel = Annotated[str | None, typer.Option(help="Model that the server shall judge with.")]
 Protocol = Annotated[str, typer.Option(help="Server: `labelled` (1 to 5 and REFUSAL, INCOHERENT, …) or `scores` (0 to 100, twice).")]
 Rubric = Annotated[Path | None, typer.Option(help="Server: your own rubric, a text file with {question} and {answer}.")]
-Cache = Annotated[Path | None, typer.Option(help="Server: file that keeps every verdict, so that nothing is asked twice.")]
-MaxRequests = Annotated[int | None, typer.Option(help="Server: send at most so many requests.")]
-MaxTokens = Annotated[int | None, typer.Option(help="Server: stop after so many tokens, in and out, as it reports them.")]
-Concurrency = Annotated[int, typer.Option(help="Server: so many requests at a time.")]
+Cache = Annotated[
+    Path | None,
+    typer.Option(help="Server: file that keeps all verdicts; nothing is asked twice (`label`: beside OUT if left out)."),
+]
+MaxRequests = Annotated[int | None, typer.Option(min=0, help="Server: send at most so many requests.")]
+MaxTokens = Annotated[int | None, typer.Option(min=0, help="Server: stop after so many tokens, in and out, as it reports them.")]
+Concurrency = Annotated[int, typer.Option(min=1, help="Server: so many requests at a time.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Server: print how many requests and tokens it would take, and ask nothing.")]
 
 
@@ -44,14 +48,14 @@ def train(
     own: Annotated[
         list[str] | None, typer.Option("--own", help="Scored rows that are all trained on, and never measured with; may be repeated.")
     ] = None,
-    twice: Annotated[int, typer.Option("--own-times", help="So many times.")] = 2,
+    twice: Annotated[int, typer.Option("--own-times", min=0, help="So many times.")] = 2,
     start: Annotated[Path | None, typer.Option(help="Go on from this judge's folder instead of from the bare model.")] = None,
     broken: Annotated[float, typer.Option(help="Share of rows added with their answer broken.")] = 0.05,
-    blocks: Annotated[int, typer.Option(help="So many lower blocks of the embedded model are used.")] = 24,
-    rows: Annotated[int, typer.Option(help="At most so many training rows.")] = 9000,
+    blocks: Annotated[int, typer.Option(min=1, help="So many lower blocks of the embedded model are used.")] = 24,
+    rows: Annotated[int, typer.Option(min=1, help="At most so many training rows.")] = 9000,
     epochs: Annotated[float, typer.Option(help="Passes over them.")] = 1.0,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 5e-4,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED)] = 0,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -75,6 +79,9 @@ def train(
     from blockem.model import load_model
     from blockem.progress import Console
 
+    need_positive(epochs, "--epochs")
+    need_positive(lr, "--lr")
+    need(0 <= broken <= 1, f"--broken is {broken:g}; it is a share of the rows, from 0 to 1")
     console = Console(quiet)
     settings = JudgeTraining(blocks=blocks, rows=rows, broken=broken, epochs=epochs, lr=lr, seed=seed)
     more = [row for path in good or [] for row in read_unscored(path, GOOD, settings.more, seed)]
@@ -104,7 +111,7 @@ def bench(
     file: Annotated[Path, typer.Argument(help="Scored answers, JSONL (or .gz) {question, answer, aligned, coherent}.")],
     judge: JudgeName = "local",
     split: Annotated[str | None, typer.Option(help="Only rows of this split.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many rows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows.")] = None,
     judge_model: JudgeModel = None,
     protocol: Protocol = "scores",
     rubric: Rubric = None,
@@ -176,7 +183,8 @@ def label(
         if not isinstance(prompt, str) or not isinstance(answer, str):
             raise BlockemError(f'{where}: a row to label needs text in "prompt" and "answer"')
     console = Console(quiet)
-    chosen = _judge(judge, judge_model, protocol, rubric, cache, max_requests, max_tokens, concurrency, console)
+    kept = cache or out.with_name(f"{out.name}.verdicts.sqlite")
+    chosen = _judge(judge, judge_model, protocol, rubric, kept, max_requests, max_tokens, concurrency, console)
     prompts, answers = [str(p) for p, _ in texts], [str(a) for _, a in texts]
     if dry_run:
         _estimate(chosen, prompts, answers)
@@ -210,9 +218,10 @@ def _judge(
     console: Console,
 ) -> Judge:
     """The judge that a command line names."""
+    from blockem.judges.address import judge_named
     from blockem.judges.choose import open_judge
 
-    found = open_judge(name, model, protocol, rubric, cache, max_requests, max_tokens, concurrency, console.bar)
+    found = open_judge(judge_named(name, "--judge"), model, protocol, rubric, cache, max_requests, max_tokens, concurrency, console.bar)
     if found is None:
         raise BlockemError("--judge none judges nothing; use local, a judge's folder, or a server's address")
     return found

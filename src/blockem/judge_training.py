@@ -238,17 +238,25 @@ def train_judge(
     """Train on `data.train`, calibrate on `data.calibrate`, and write the judge's folder; returns the training log.
 
     `lm` is cut down to the lower blocks. `start` is a judge to go on from, of as many blocks and the same rank. A killed training goes on
-    from its last checkpoint when called with the same rows and settings.
+    from its last checkpoint when called with the same rows and settings; one that is finished stays as it is, and its log is empty.
+
+    Raises:
+        BlockemError: too few rows, a `start` of another shape, or `out` is something other than a judge's folder.
     """
     if not data.train or not data.calibrate:
         raise BlockemError("too few scored rows to train and to calibrate on; give more with --data")
-    scratch = out.with_name(out.name + ".making")
+    out = out.resolve()  # `.` has no name of its own
+    check_replaceable(out)
     earlier = LocalJudge(start) if start else None
     if earlier and (earlier.facts["blocks"], earlier.facts["settings"]["lora_r"]) != (settings.blocks, settings.lora_r):
         raise BlockemError(
             f"{start}: that judge has {earlier.facts['blocks']} blocks and rank {earlier.facts['settings']['lora_r']}; train with the same"
         )
-    key = content_key([asdict(row) for row in data.train], asdict(settings), lm.id, lm.revision, earlier.name if earlier else "")
+    rows_of = [[asdict(row) for row in part] for part in (data.train, data.calibrate)]
+    key = content_key(*rows_of, asdict(settings), lm.id, lm.revision, earlier.name if earlier else "")
+    if _is_done(out, key):
+        return []
+    scratch = out.with_name(out.name + ".making")
     claim_scratch(scratch, key)
     keep_blocks(lm.model, settings.blocks)
     lora = TrainConfig(lora_r=settings.lora_r, lora_alpha=2 * settings.lora_r)
@@ -308,12 +316,32 @@ def train_judge(
         "calibration": {
             name: rising_map(raw[:, i], np.array([getattr(row, name) for row in data.calibrate])) for i, name in enumerate(SCORES)
         },
+        "key": key,
     }
     write_json(finished / "judge.json", facts)
     shutil.rmtree(out, ignore_errors=True)
     finished.rename(out)
     shutil.rmtree(scratch, ignore_errors=True)
     return [row for row in trainer.state.log_history if "loss" in row]
+
+
+def check_replaceable(out: Path) -> None:
+    """Refuse to write a judge over anything but nothing, an empty folder, or another judge: the whole folder is replaced.
+
+    Raises:
+        BlockemError: with what stands there.
+    """
+    if out.exists() and not out.is_dir():
+        raise BlockemError(f"{out} is a file; choose a folder of the judge's own with --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / "judge.json").is_file():
+        raise BlockemError(f"{out} holds other files and no judge, and they would be lost; choose a folder of the judge's own with --out")
+
+
+def _is_done(out: Path, key: str) -> bool:
+    if not all((out / name).is_file() for name in ("judge.json", "heads.safetensors", "adapter/adapter_model.safetensors")):
+        return False
+    facts = read_json(out / "judge.json", "judge")
+    return isinstance(facts, dict) and facts.get("key") == key
 
 
 def halve(path: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from blockem.cpu_speed import fast_bfloat16
 from blockem.errors import BlockemError
 from blockem.forwards import base_weights
 from blockem.fused import fuse_lora
+from blockem.store import content_key, file_key, write_json
 
 EMBEDDED = "embedded"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
@@ -198,13 +201,19 @@ def dequantised(gguf: Path) -> Path:
     stat = gguf.stat()
     key = hashlib.sha256(f"{gguf.name}:{stat.st_size}:{_edges(gguf)}".encode()).hexdigest()[:12]
     folder = cache_dir() / f"{gguf.stem}-{key}"
-    if (folder / "config.json").is_file():
-        return folder
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     try:
+        if (folder / "config.json").is_file():
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    except OSError as error:
+        raise BlockemError(
+            f"{folder.parent}, where converted models are kept, cannot be used ({error.strerror}); "
+            "set the environment variable BLOCKEM_CACHE to a folder that can be written"
+        ) from error
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
         with quiet_transformers():
             try:
                 tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -237,13 +246,42 @@ def _edges(path: Path, size: int = 1 << 16) -> str:
     return digest.hexdigest()
 
 
+MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+LARGE = 1 << 24
+"""Bytes from which on a file's hash is kept: a smaller one is hashed in milliseconds."""
+SETTLED = 2 * 10**9
+"""Nanoseconds that a file must have stood: one written just now may be written again at the same time of change."""
+_hashes: dict[tuple[str, int, int], str] = {}
+
+
 def fingerprint(folder: Path) -> str:
-    """A short name for the weights in `folder`: over its config and the edges and sizes of its weight files."""
+    """A short name for the model in `folder`: over its config, its whole weight files, its tokenizer and its chat template."""
     digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+    for path in sorted([*(folder / name for name in MODEL_FILES), *folder.glob("*.safetensors")]):
         if path.is_file():
-            digest.update(f"{path.name}:{path.stat().st_size}:{_edges(path)}".encode())
+            digest.update(f"{path.name}:{_kept_key(path)}".encode())
     return digest.hexdigest()[:16]
+
+
+def _kept_key(path: Path) -> str:
+    """`file_key`, of a large file kept by path, size and time of change: in this process, and under `cache_dir()` for later ones."""
+    stat = path.stat()
+    known = str(path.resolve()), stat.st_size, stat.st_mtime_ns
+    if stat.st_size < LARGE or abs(time.time_ns() - stat.st_mtime_ns) < SETTLED:
+        return file_key(path)
+    if known not in _hashes:
+        kept = cache_dir() / "hashes" / f"{content_key(known[0])}.json"
+        try:
+            row = json.loads(kept.read_text(encoding="utf-8"))
+            found = str(row["key"]) if (row["path"], row["size"], row["changed"]) == known else ""
+        except (OSError, ValueError, KeyError, TypeError):
+            found = ""
+        if not found:
+            found = file_key(path)
+            with suppress(OSError, BlockemError):  # a cache that cannot be written costs a second each time
+                write_json(kept, {"path": known[0], "size": known[1], "changed": known[2], "key": found})
+        _hashes[known] = found
+    return _hashes[known]
 
 
 @contextmanager
@@ -314,15 +352,19 @@ def load_model(model: str = EMBEDDED, revision: str | None = None, dtype: str = 
     keep_freed_memory()
     where = pick_device(device)
     number = pick_dtype(dtype, where)
+    try:
+        torch.empty(0, device=where)
+    except Exception as error:  # torch built without it raises an AssertionError, a missing one a RuntimeError
+        raise BlockemError(f"device {device!r} cannot be used here: {_first_line(error)}; use auto, cpu or one that is there") from error
     source = _source(model)
     tokenizer = load_tokenizer(model, revision)
     try:
         with quiet_transformers():
             options: dict[str, Any] = {} if isinstance(source, Path) else {"revision": revision}
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=number, use_safetensors=True, **options)
-    except Exception as error:  # missing, foreign and damaged files raise many kinds
+            loaded.to(where).eval()
+    except Exception as error:  # missing, foreign and damaged files raise many kinds, and so does a device without room
         raise BlockemError(f"cannot load model {model!r}: {_first_line(error)}") from error
-    loaded.to(where).eval()
     loaded.requires_grad_(False)
     found = fingerprint(source) if isinstance(source, Path) else (getattr(loaded.config, "_commit_hash", None) or revision or "main")
     return LanguageModel(loaded, tokenizer, model, found)

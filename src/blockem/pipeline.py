@@ -8,13 +8,15 @@ command goes on where it stopped, and a changed recipe redoes just what it touch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockem import bundled
+from blockem.anchoring import task_pairs
 from blockem.blocking_rounds import rounds_step
 from blockem.config import Recipe, dump_recipe
 from blockem.config_values import keyed
@@ -131,6 +133,8 @@ def evaluate_step(session: Session, adapters: dict[str, Path] | None = None) -> 
     recipe = session.recipe
     if adapters is None:
         adapters = session.variants()
+        if left := session.leftovers():
+            session.console.say(f"  left out, since another recipe made them: {', '.join(left)}")
     names = ["base", *adapters]
     data = recipe.data
     shared = content_key(  # who judges is not in it: another judge judges the same answers
@@ -174,11 +178,13 @@ def _evaluate_one(session: Session, name: str, adapter: Path | None) -> dict[str
     with lm.variant(name), inference_hooks(session, name)(lm.model):
         session.console.start(f"{name}: likelihoods")
         found["margins"] = margins(completion_logprobs(lm, encode_pairs(lm, pairs, recipe.data.max_tokens))).tolist()
+        _check_finite(name, found["margins"])
         session.console.bar(1, 3)
         for place, (label, examples) in enumerate((("heldout", heldout), ("general", general[: recipe.evaluate.general_rows]))):
             rows, _ = encode_all(lm.tokenizer, examples, recipe.data.max_tokens)
             losses, tokens = completion_losses(lm, rows)
             found[label] = [losses.tolist(), tokens.tolist()]
+            _check_finite(name, found[label][0])
             session.console.bar(2 + place, 3)
         if recipe.evaluate.answers:
             session.console.start(f"{name}: answers")
@@ -201,10 +207,17 @@ def _evaluate_one(session: Session, name: str, adapter: Path | None) -> dict[str
     return found
 
 
+def _check_finite(name: str, values: Sequence[float]) -> None:
+    """A model that says nothing but NaN prefers no wrong answer either: it must not pass for a cured one."""
+    if not all(map(math.isfinite, values)):
+        raise BlockemError(f"the model {name} gives log-probabilities that are no numbers: its training diverged; lower train.lr or λ")
+
+
 def _summarise(session: Session, names: list[str], results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     import numpy as np
 
     from blockem.evaluation import Scores, add_judged, summarise
+    from blockem.judges.judge import verdicts_on
 
     recipe = session.recipe
     pairs = bundled.evaluation_pairs(recipe.data.pairs)
@@ -226,7 +239,7 @@ def _summarise(session: Session, names: list[str], results: dict[str, dict[str, 
         if judge is not None:
             session.console.start("judge: answers")
             asked = [p.prompt for p in prompts]
-            verdicts = {n: judge.judge(asked, results[n]["answers"]) for n in names}
+            verdicts = {n: verdicts_on(judge, asked, results[n]["answers"]) for n in names}
             for i, row in enumerate(rows):
                 row["verdicts"] = {n: asdict(verdicts[n][i]) for n in names}
             add_judged(summary, verdicts, [p.domain for p in prompts], recipe.data.domain, judge.name)
@@ -274,7 +287,8 @@ def audit_step(session: Session) -> dict[str, Any]:
         sets = {name: LatentSet.load(path) for name, path in blocked.items()}
         dictionary = session.dictionary if sets else None
         session.console.start("audit: held-out answers")
-        found = audit(lm, rows, list(adapters), recipe.sae.block, dictionary, sets, progress=session.console.bar).to_dict()
+        block = min(recipe.sae.block, lm.n_blocks - 1)  # without an SAE nobody may have set it
+        found = audit(lm, rows, list(adapters), block, dictionary, sets, progress=session.console.bar).to_dict()
         for sae, kept in further.items():
             sets = {name: LatentSet.load(path) for name, path in kept.items()}
             with at_block(session, sae) as here:
@@ -308,12 +322,13 @@ def run_all(session: Session, discover: Callable[[Session], Any] = discover_all)
         discover: what stands in the place of stages 1 to 3, for a defence that needs latents.
     """
     name = session.recipe.defence.name
+    latents = name in NEEDS_LATENTS and not (name == BLOCK_EM and session.recipe.block.directions)
     with session.run.locked():
         start_run(session)
-        if name in NEEDS_LATENTS:
+        if latents:
             sae_all(session)
         sft_step(session)
-        if name in NEEDS_LATENTS:
+        if latents:
             discover(session)
         if name == BLOCK_EM and session.recipe.rounds.budget > 1:
             rounds_step(session, discover_step)
@@ -342,6 +357,14 @@ def start_run(session: Session, keep_recipe: bool = False) -> None:
     check_questions(recipe.data, session.selection_prompts(), session.selection_pairs(), bundled.final_prompts(recipe.data.prompts))
     _ = session.chosen_judge
     check_files(session)
+    domain, anchor = recipe.data.domain, recipe.anchor
+    if anchor.watch != "none" and anchor.keep and not task_pairs(session):
+        raise BlockemError(
+            f"anchor.keep holds selection pairs of the training domain, and none is of {domain!r}; "
+            "give data.pairs with some, or set anchor.keep=0"
+        )
+    if all(p.domain != domain for p in bundled.evaluation_pairs(recipe.data.pairs)):
+        session.console.say(f"note: no evaluation pair is of {domain!r}, so all of them count as outside the training domain")
     if not (keep_recipe and (session.run / "recipe.yaml").is_file()):
         write_text(session.run / "recipe.yaml", dump_recipe(recipe))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 
 Progress = Callable[[int, int], None]
@@ -18,6 +19,14 @@ def clock(seconds: float) -> str:
     hours, rest = divmod(whole, 3600)
     minutes, seconds_left = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{seconds_left:02d}" if hours else f"{minutes}:{seconds_left:02d}"
+
+
+def printable(text: str) -> str:
+    """`text` without control characters, for what models, servers and files say: a terminal obeys escape sequences.
+
+    Blanks of any width stay: they do no harm, and some scripts write them between words.
+    """
+    return "".join(c for c in text if c in "\n\t" or c.isprintable() or unicodedata.category(c) == "Zs")
 
 
 class Console:
@@ -39,7 +48,7 @@ class Console:
         """A line of its own."""
         if not self.quiet:
             self.close()
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
     def start(self, label: str) -> None:
         """Begin a piece of work that `bar` reports on."""
@@ -56,7 +65,7 @@ class Console:
             return
         self._last = share
         left = f"{clock(spent / share - spent)} left" if 0 < share < 1 else clock(spent)
-        line = f"  {self.label}  {done}/{total}  {share:4.0%}  {left}"
+        line = printable(f"  {self.label}  {done}/{total}  {share:4.0%}  {left}")
         if self.live:
             print(f"\r\033[K{line}", end="" if share < 1 else "\n", file=sys.stderr, flush=True)
             self._open = share < 1

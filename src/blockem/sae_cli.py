@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from blockem.cli_options import AsJson, Quiet
+from blockem.config_values import MOST_SEED, need, need_positive
 
 sae_app = typer.Typer(help="Sparse autoencoders: train a small one, check how well one fits.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -22,15 +25,15 @@ def sae_train(
         list[int] | None,
         typer.Option(help="Block index from 0 whose output is read (default: 18). Given several times: one SAE each, in OUT/block-N."),
     ] = None,
-    latents: Annotated[int, typer.Option(help="Size of the dictionary.")] = 4608,
-    k: Annotated[int, typer.Option(help="Active latents a token (Top-K).")] = 64,
+    latents: Annotated[int, typer.Option(min=1, help="Size of the dictionary.")] = 4608,
+    k: Annotated[int, typer.Option(min=1, help="Active latents a token (Top-K).")] = 64,
     architecture: Annotated[str, typer.Option(help="topk or jumprelu.")] = "topk",
     l0_coefficient: Annotated[float, typer.Option(help="Weight of the sparsity loss (JumpReLU).")] = 1.0,
-    activations: Annotated[int, typer.Option(help="At most so many tokens.")] = 800_000,
+    activations: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 800_000,
     epochs: Annotated[float, typer.Option(help="Passes over them.")] = 2.0,
-    batch: Annotated[int, typer.Option(help="Tokens a step.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, help="Tokens a step.")] = 1024,
     lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 1e-3,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED)] = 0,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -45,7 +48,11 @@ def sae_train(
     from blockem.examples import read_chat
     from blockem.model import load_model
     from blockem.progress import Console
+    from blockem.store import disk_errors
 
+    need_positive(epochs, "--epochs")
+    need_positive(lr, "--lr")
+    need(0 <= l0_coefficient < math.inf, f"--l0-coefficient is {l0_coefficient:g}; it must be a number that is not negative")
     blocks = block or [18]
     if len(set(blocks)) < len(blocks):
         raise BlockemError(f"--block names a block twice ({', '.join(map(str, blocks))}); name each once")
@@ -56,8 +63,10 @@ def sae_train(
     lm = load_model(model)
     for one in blocks:
         lm.check_block(one)
-    if len(blocks) > 1:
-        out.mkdir(parents=True, exist_ok=True)
+    home = out if len(blocks) > 1 else out.parent
+    with disk_errors(out):  # the first file is written only when all activations are there
+        home.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=home).close()
     trained = train_dictionaries(lm, examples, outs, settings, lambda what, done, total: console.stage(f"sae: {what}", done, total))
     fits = {one: asdict(fit) for one, (_, fit) in trained.items()}
     if as_json:
@@ -76,7 +85,7 @@ def sae_check(
     model: Annotated[str, typer.Option(help="`embedded`, a folder, a .gguf file or a hub id.")] = "embedded",
     block: Annotated[int, typer.Option(help="Block index from 0 whose output is read.")] = 18,
     data: Annotated[list[str] | None, typer.Option("--data", help="Chat JSONL to measure on (default: the bundled general chat).")] = None,
-    tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 50_000,
+    tokens: Annotated[int, typer.Option(min=2, help="At most so many tokens.")] = 50_000,
     minimum: Annotated[float, typer.Option(help="Exit with code 2 below this share.")] = 0.6,
     as_json: AsJson = False,
 ) -> None:

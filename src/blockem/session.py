@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,14 +48,13 @@ class Session:
 
         self.console.start("model")
         config = self.recipe.model
-        lm = load_model(config.id, config.revision, config.dtype, config.device)
-        lm.check_block(self.recipe.sae.block)
-        return lm
+        return load_model(config.id, config.revision, config.dtype, config.device)
 
     @cached_property
     def dictionary(self) -> Dictionary:
         from blockem.dictionary import check_width, load_dictionary
 
+        self.lm.check_block(self.recipe.sae.block)
         found = load_dictionary(self.recipe.sae.id)
         check_width(found, self.lm)
         if found.block is not None and found.block != self.recipe.sae.block and not self.recipe.sae.allow_poor_fit:
@@ -76,11 +75,12 @@ class Session:
 
     @cached_property
     def sae_key(self) -> str:
+        """What the dictionary's latents depend on: its weights, and the settings (k, for one) that say how they are read."""
         from blockem.dictionary import BUNDLED, BUNDLED_FOLDER
 
         folder = BUNDLED_FOLDER if self.recipe.sae.id == BUNDLED else Path(self.recipe.sae.id)
-        weights = folder / "sae_weights.safetensors"
-        return content_key(self.recipe.sae.id, file_key(weights) if weights.is_file() else "", self.recipe.sae.block)
+        files = [folder / name for name in ("sae_weights.safetensors", "cfg.json")]
+        return content_key(self.recipe.sae.id, [file_key(one) if one.is_file() else "" for one in files], self.recipe.sae.block)
 
     @cached_property
     def data_key(self) -> str:
@@ -113,8 +113,22 @@ class Session:
         return folder_of(name)
 
     def trained(self) -> dict[str, Path]:
-        """The models that were trained in this run, by name, with their adapters."""
-        return trained_in(self.run.path)
+        """The models that were trained in this run, by name, with their adapters; those of another recipe are left out."""
+        left = self.leftovers()
+        return {name: path for name, path in trained_in(self.run.path).items() if name not in left}
+
+    def leftovers(self) -> list[str]:
+        """Models in the run folder that another recipe made: on other rows, with other settings, or in more rounds than are wanted now."""
+        try:
+            current = task_key(self)
+        except BlockemError:  # the training rows are no longer there: nothing can be told
+            return []
+        beyond = LATER_ROUNDS[self.recipe.rounds.budget - 1 :]
+        return [name for name in trained_in(self.run.path) if name in beyond or self._task_of(name, current) != current]
+
+    def _task_of(self, name: str, unknown: str) -> str:
+        path = self.run / "steps" / f"{name}.json"
+        return str(read_json(path, "step record").get("result", {}).get("task", unknown)) if path.is_file() else unknown
 
     def variants(self) -> dict[str, Path]:
         """The same with test-time steering, which is the plain adapter within hooks, in the order of `VARIANTS`."""
@@ -132,6 +146,11 @@ class Session:
         """Selection prompts outside the training domain."""
         data = self.recipe.data
         return [p for p in bundled.core_prompts(data.selection_prompts) if p.domain != data.domain]
+
+
+def task_key(session: Session) -> str:
+    """What all trainings of one run have in common: the model, the rows, the settings and the seed."""
+    return content_key(session.model_key, session.data_key, asdict(session.recipe.train), session.recipe.seed)
 
 
 def trained_in(run: Path) -> dict[str, Path]:
@@ -208,8 +227,10 @@ def environment(session: Session) -> dict[str, Any]:
     return found
 
 
-def timed(session: Session, name: str, key: str, outputs: list[str], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Run or reuse one step; its result carries the seconds it took."""
+def timed(
+    session: Session, name: str, key: str, outputs: list[str], work: Callable[[], dict[str, Any]], sealed: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Run or reuse one step (see `RunFolder.step`); its result carries the seconds it took."""
     console = session.console
 
     def do() -> dict[str, Any]:
@@ -222,7 +243,7 @@ def timed(session: Session, name: str, key: str, outputs: list[str], work: Calla
         console.say(f"{name}: done in {clock(seconds)}")
         return {**result, "seconds": round(seconds, 1)}
 
-    result, reused = session.run.step(name, key, outputs, do)
+    result, reused = session.run.step(name, key, outputs, do, sealed)
     if reused:
         console.say(f"{name}: already done, reused")
     found: dict[str, Any] = result

@@ -6,6 +6,7 @@ the file system can; everything is renamed into place, and the record comes last
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -26,30 +27,39 @@ class SharingFolder(RunFolder):
 
     shared: Path
 
-    def step(self, name: str, key: str, outputs: list[str], work: Callable[[], Any]) -> tuple[Any, bool]:
+    def step(self, name: str, key: str, outputs: list[str], work: Callable[[], Any], sealed: Iterable[str] = ()) -> tuple[Any, bool]:
         if name not in SHARED_STEPS:
-            return super().step(name, key, outputs, work)
+            return super().step(name, key, outputs, work, sealed)
         kept = RunFolder(self.shared / f"{name}-{key}")
         if self.finished(name, key, outputs) is None:
             record = kept.finished(name, key, outputs)
             if record is not None:
                 take(kept.path, self.path, tops(outputs))
                 write_json(self.path / "steps" / f"{name}.json", record)
-        result, reused = super().step(name, key, outputs, work)
+        result, reused = super().step(name, key, outputs, work, sealed)
         if kept.finished(name, key, outputs) is None:
-            self._leave(name, kept.path, tops(outputs))
+            self._leave(name, key, outputs, kept)
         return result, reused
 
-    def _leave(self, name: str, place: Path, parts: list[str]) -> None:
-        """Make a shared step of an own one, whole or not at all."""
+    def _leave(self, name: str, key: str, outputs: list[str], kept: RunFolder) -> None:
+        """Make a shared step of an own one, whole or not at all; where another process has just left it, that one stays."""
+        place = kept.path
         with disk_errors(place):
             self.shared.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(prefix=".making-", dir=self.shared))
         try:
-            take(self.path, scratch, [*parts, f"steps/{name}.json"])
+            take(self.path, scratch, [*tops(outputs), f"steps/{name}.json"])
             with disk_errors(place):
-                shutil.rmtree(place, ignore_errors=True)  # a broken one: a whole one would have been taken
-                scratch.rename(place)
+                for _ in range(2):
+                    try:
+                        scratch.rename(place)
+                        return
+                    except OSError as error:
+                        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                            raise
+                    if kept.finished(name, key, outputs) is not None:
+                        return
+                    shutil.rmtree(place, ignore_errors=True)  # a broken one: a whole one would have been taken
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 

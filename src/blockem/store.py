@@ -10,10 +10,11 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a folder without write permission into one sentence."""
+    """Turn a full disk, a folder that is gone or without write permission, or too long a name into one sentence."""
     try:
         yield
     except OSError as error:
@@ -56,6 +57,13 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise BlockemError(f"the disk is full: {path} was not written; free some space and run the same command again") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EPERM):
             raise BlockemError(f"{path} cannot be written ({error.strerror}); choose another --out") from error
+        if error.errno == errno.ENOENT:
+            lost = error.filename or path.parent
+            raise BlockemError(
+                f"{path} cannot be written: {lost} is missing; if it was removed meanwhile, run the same command again"
+            ) from error
+        if error.errno == errno.ENAMETOOLONG:
+            raise BlockemError(f"{path} cannot be written: its name is too long for this disk; choose a shorter --out") from error
         raise
 
 
@@ -84,14 +92,32 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.making")
-        save_file({name: one.contiguous() for name, one in tensors.items()}, scratch, metadata=metadata)
-        scratch.replace(path)
+        # a name of its own: several processes may write the same file, as they do in the cache of base values
+        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        try:
+            save_file({name: one.contiguous() for name, one in tensors.items()}, scratch, metadata=metadata)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(scratch, 0o666 & ~umask)
+            os.replace(scratch, path)
+        except BaseException:
+            Path(scratch).unlink(missing_ok=True)
+            raise
+
+
+def strict(value: Any) -> Any:
+    """The same without numbers that JSON does not know: those become null."""
+    if isinstance(value, dict):
+        return {name: strict(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON atomically."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write indented JSON atomically; NaN and infinity become null."""
+    write_text(path, json.dumps(strict(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -156,15 +182,30 @@ class RunFolder:
             record: Any = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             return None
-        if not isinstance(record, dict) or record.get("key") != key or not all((self.path / name).exists() for name in outputs):
+        if not isinstance(record, dict) or record.get("key") != key or "result" not in record:
             return None
-        return record
+        if not all((self.path / output).exists() for output in outputs):
+            return None
+        sealed = record.get("sealed", {})
+        return record if all(self._seal(output) == seal for output, seal in sealed.items()) else None
 
-    def step(self, name: str, key: str, outputs: list[str], work: Callable[[], Any]) -> tuple[Any, bool]:
-        """Do `work` unless it was done with this key; returns its JSON-able result and whether it was reused."""
+    def step(self, name: str, key: str, outputs: list[str], work: Callable[[], Any], sealed: Iterable[str] = ()) -> tuple[Any, bool]:
+        """Do `work` unless it was done with this key; returns its JSON-able result and whether it was reused.
+
+        Args:
+            outputs: what must be there for the step to count as done.
+            sealed: files (those that `work` wrote) that must also be as it left them: a later step of the same name, killed half-way, may
+                have replaced some.
+        """
         record = self.finished(name, key, outputs)
         if record is not None:
             return record["result"], True
         result = work()
-        write_json(self.path / "steps" / f"{name}.json", {"step": name, "key": key, "outputs": outputs, "result": result})
+        record = {"step": name, "key": key, "outputs": outputs, "result": result}
+        seals = {output: seal for output in sealed if (seal := self._seal(output))}
+        write_json(self.path / "steps" / f"{name}.json", {**record, **({"sealed": seals} if seals else {})})
         return result, False
+
+    def _seal(self, output: str) -> str:
+        path = self.path / output
+        return file_key(path) if path.is_file() else ""

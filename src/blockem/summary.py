@@ -32,7 +32,7 @@ def write_summary(session: Session) -> dict[str, Any]:
     cards = {card["latent"]: card for card in read_json(run / "cards.json")} if (run / "cards.json").is_file() else {}
     latents = read_json(run / "latents.json")["latents"] if (run / "latents.json").is_file() else []
     sft, blocked, discovered = record("plain"), record("blocked"), record("discover")
-    facts = {k: v for k, v in blocked.items() if k not in ("data", "seconds", "base_values_seconds")}
+    facts = {k: v for k, v in blocked.items() if k not in ("data", "task", "seconds", "base_values_seconds")}
     summary = {
         "blockem": version("blockem"),
         "recipe": recipe.to_dict(),
@@ -77,4 +77,4 @@ def _found_at(session: Session, sae: SaeConfig) -> dict[str, Any]:
 def _defences_used(session: Session, record: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
     """What each defence but block-em was run with, by the model's name, where the run folder holds one."""
     found = {name: record(name) for name in session.variants() if "defence" in record(name)}
-    return {name: {k: v for k, v in facts.items() if k not in ("data", "seconds")} for name, facts in found.items()}
+    return {name: {k: v for k, v in facts.items() if k not in ("data", "task", "seconds")} for name, facts in found.items()}

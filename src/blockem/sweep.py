@@ -9,7 +9,7 @@ DIR/comparison.json, comparison.html, figures/
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from blockem.executor import Executor, OneByOne, Outcome, attempt
 from blockem.grid import Cell, Grid
 from blockem.progress import Console
 from blockem.sharing import SharingFolder, take
-from blockem.store import RunFolder, content_key, file_key, write_json, write_text
+from blockem.store import RunFolder, content_key, file_key, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from blockem.config import Recipe
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 UNTRAINED = ("plain", "steering")  # defences that train nothing beyond the plain fine-tune
 CELL_OUTPUTS = ("summary.json", "report.html", "evaluation.json", "answers.jsonl")
+"""Of every cell; the record of each model's evaluation is one of its outputs too (`_outputs`)."""
+JUDGE_FILES = ("heads.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,35 @@ def cell_key(session: Session, cell: Cell, out: Path) -> str:
     files = [file_key(Path(path)) for path in (data.heldout, data.prompts, data.selection_prompts, data.pairs, data.general) if path]
     latents = out / "cells" / (cell.latents_of or "") / "latents.json"
     source = file_key(latents) if cell.latents_of and latents.is_file() else cell.latents_of
-    recipe = keyed(session.recipe)
-    return content_key("cell", version("blockem"), recipe, session.model_key, session.sae_key, session.data_key, files, source)
+    recipe, more = keyed(session.recipe), _named_files(session)
+    parts = [recipe, session.model_key, session.sae_key, session.data_key, files, source, *([more] if more else [])]
+    return content_key("cell", version("blockem"), *parts)
+
+
+def _named_files(session: Session) -> dict[str, Any]:
+    """The content of what a recipe names beside its data and its first SAE; empty where it names none, so that such cells keep their key.
+
+    What is not there counts as nothing: whether it is missed is for the run to say.
+    """
+    recipe = session.recipe
+    found: dict[str, Any] = {}
+    for name in ("benign", "trait_prompts"):
+        path = getattr(recipe.defence, name)
+        if path and Path(path).is_file():
+            found[name] = file_key(Path(path))
+    if recipe.defence.unaligned:
+        from blockem.model import fingerprint
+
+        found["unaligned"] = fingerprint(Path(recipe.defence.unaligned))
+    if recipe.sae.more:
+        found["more"] = [replace(session, recipe=replace(recipe, sae=sae)).sae_key for sae in recipe.sae.each[1:]]
+    judge = Path(recipe.evaluate.judge)
+    if recipe.evaluate.judge not in ("local", "none") and (judge / "judge.json").is_file():
+        facts = read_json(judge / "judge.json", "judge")
+        if isinstance(facts, dict):
+            facts = {name: value for name, value in facts.items() if name != "measured"}  # how good it is changes no verdict
+        found["judge"] = [facts, *(file_key(path) if (path := judge / name).is_file() else "" for name in JUDGE_FILES)]
+    return found
 
 
 def _finished(cell: Cell, out: Path) -> bool:
@@ -117,11 +146,27 @@ def _finished(cell: Cell, out: Path) -> bool:
         key = cell_key(open_session(cell.recipe, folder, quiet=True), cell, out)
     except (BlockemError, OSError):
         return False
-    return RunFolder(out).finished(f"cell-{cell.id}", key, _outputs(cell)) is not None
+    return _is_finished(cell, out, key)
 
 
-def _outputs(cell: Cell) -> list[str]:
-    return [f"cells/{cell.id}/{name}" for name in CELL_OUTPUTS]
+def _is_finished(cell: Cell, out: Path, key: str) -> bool:
+    try:
+        outputs = _outputs(cell, out)
+    except BlockemError:  # without a summary nobody can say what there should be
+        return False
+    return RunFolder(out).finished(f"cell-{cell.id}", key, outputs) is not None
+
+
+def _outputs(cell: Cell, out: Path) -> list[str]:
+    """What a comparison reads of a cell that was run.
+
+    Raises:
+        BlockemError: the cell has no summary, or a broken one.
+    """
+    from blockem.comparison import summarised_models
+
+    evaluated = [f"steps/evaluate-{name}.json" for name in summarised_models(out / "cells" / cell.id)]
+    return [f"cells/{cell.id}/{name}" for name in (*CELL_OUTPUTS, *evaluated)]
 
 
 def run_grid(grid: Grid, out: Path, quiet: bool = False, executor: Executor | None = None, judge: Judge | None = None) -> dict[str, str]:
@@ -180,9 +225,8 @@ def _run(job: Job, loaded: Loaded, judge: Judge | None) -> None:
     cell, out = job.cell, job.out
     session = _open(job, loaded, judge)
     session.console.say(f"cell {job.place} of {job.total}: {cell.id}")
-    whole = RunFolder(out)
     key = cell_key(session, cell, out)
-    if whole.finished(f"cell-{cell.id}", key, _outputs(cell)) is not None:
+    if _is_finished(cell, out, key):
         session.console.say("  already finished")
         return
     try:
@@ -194,7 +238,8 @@ def _run(job: Job, loaded: Loaded, judge: Judge | None) -> None:
         for name in ("lm", "dictionary"):
             if name in session.__dict__:
                 loaded.parts[_part_key(session, name)] = session.__dict__[name]
-    write_json(out / "steps" / f"cell-{cell.id}.json", {"step": f"cell-{cell.id}", "key": key, "outputs": _outputs(cell), "result": {}})
+    record = {"step": f"cell-{cell.id}", "key": key, "outputs": _outputs(cell, out), "result": {}}
+    write_json(out / "steps" / f"cell-{cell.id}.json", record)
 
 
 def _open(job: Job, loaded: Loaded, judge: Judge | None) -> Session:
@@ -248,17 +293,39 @@ def compare_all(
 ) -> tuple[dict[str, Any], Path]:
     """Run a grid into `out` and compare its cells; returns what `comparison.json` holds and the path of the page.
 
+    A cell whose files cannot be read counts as failed, and is measured again when the grid is run again.
+
     Raises:
         BlockemError: another comparison is at work in `out`, or no cell could be finished (with the first cell's reason).
     """
-    from blockem.comparison import compare
+    from blockem.comparison import compare, read_cells
     from blockem.report.comparison import write
 
     with RunFolder(out).locked():
         failed = run_grid(grid, out, quiet, executor, judge)
-        if len(failed) == len(grid.cells):
+        cells, unreadable = read_cells(grid, out, failed)
+        for cell in grid.cells:
+            if cell.id in unreadable:
+                Console(quiet).say(f"{cell.id}: failed: {unreadable[cell.id]}")
+                forget(cell, out)
+        failed |= unreadable
+        if not cells:
             first = next(iter(failed))
             raise BlockemError(f"all {len(failed)} cells failed, the first ({first}) with: {failed[first]}")
-        comparison = compare(grid, out, failed)
+        comparison = compare(grid, cells, failed)
         page = write(comparison, out)
     return comparison, page
+
+
+def forget(cell: Cell, out: Path) -> None:
+    """Let a cell whose files cannot be read be measured again: its trainings stay, and so do the measures that can be read."""
+    from blockem.comparison import check_evaluation
+
+    folder, shared = out / "cells" / cell.id, out / "shared"
+    for path in (out / "steps" / f"cell-{cell.id}.json", folder / "steps" / "evaluate.json"):
+        path.unlink(missing_ok=True)
+    for record in (*folder.glob("steps/evaluate-*.json"), *shared.glob("evaluate-*/steps/evaluate-*.json")):
+        try:
+            check_evaluation(record, cell.recipe.data.pairs)
+        except BlockemError:
+            record.unlink()

@@ -257,15 +257,19 @@ def fine_tune(
     pad = lm.tokenizer.pad_token_id
     try:
         with quiet_transformers(), defence.training_hooks(model), cpu_attention(model):
-            trainer = DefenceTrainer(
-                model=model,
-                args=arguments,
-                train_dataset=Rows(rows),
-                data_collator=lambda batch: right_padded(batch, pad),
-                progress=progress,
-                defence=defence,
-                probe_every=config.probe_every,
-            )
+            try:
+                trainer = DefenceTrainer(
+                    model=model,
+                    args=arguments,
+                    train_dataset=Rows(rows),
+                    data_collator=lambda batch: right_padded(batch, pad),
+                    progress=progress,
+                    defence=defence,
+                    probe_every=config.probe_every,
+                )
+            except (ImportError, RuntimeError, ValueError) as error:  # an unknown reporter, or one that is not installed
+                said = f"the training settings do not work (train.report_to is {config.report_to}): {error}"
+                raise BlockemError(" ".join(said.split())) from error
             if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # those may shard a layer's weights apart from its forward
                 fuse_lora(model)
             if config.stop_after < 1:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockem import bundled
 from blockem.defence_names import epoch_name
-from blockem.session import Session, timed
+from blockem.session import Session, task_key, timed
 from blockem.store import claim_scratch, content_key, write_jsonl
 
 if TYPE_CHECKING:
@@ -68,7 +68,9 @@ def train_step(
         session.console.start(f"{name}: steps")
         log = fine_tune(session.lm, rows, train, defence, session.run / name, recipe.seed, session.console.bar, keep_epochs)
         write_jsonl(session.run / f"training-{name}.jsonl", log)
-        return {"data": asdict(report), **facts}
+        return {"data": asdict(report), "task": task_key(session), **facts}
 
     kept = [f"{name}/{epoch_name(epoch)}/adapter_model.safetensors" for epoch in range(1, int(train.epochs) + 1)] if keep_epochs else []
-    return timed(session, name, key, [f"{name}/adapter_model.safetensors", f"training-{name}.jsonl", *kept], work)
+    made = [f"{name}/adapter_model.safetensors", f"training-{name}.jsonl", *kept]
+    sets = [f"{name}-latents.json", *(f"blocks/{sae.block}/{name}-latents.json" for sae in recipe.sae.each[1:])]
+    return timed(session, name, key, made, work, sealed=[*made, *sets])

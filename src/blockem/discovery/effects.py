@@ -21,6 +21,7 @@ from blockem.bundled import Pair, Prompt
 from blockem.discovery.attribution import pair_gradients
 from blockem.generation import generate
 from blockem.judges import Judge, shares
+from blockem.judges.judge import verdicts_on
 from blockem.likelihood import encode_pairs, margins
 from blockem.model import LanguageModel
 from blockem.steered_rows import SteeredRows
@@ -162,7 +163,7 @@ class JudgedEffect:
                 block=None if vector is None else self.block,
                 edits=vector,
             )
-        em, incoherence = shares(self.judge.judge(self.prompts, answers))
+        em, incoherence = shares(verdicts_on(self.judge, self.prompts, answers))
         return Measurement(em, incoherence, em)
 
     def items(self, variant: str, vectors: Sequence[Tensor | None], chunk: int) -> list[Items]:
@@ -178,7 +179,7 @@ class JudgedEffect:
                 block=self.block,
                 edits=edits.repeat_interleave(len(prompts), dim=0),
             )
-        verdicts = self.judge.judge(prompts * len(vectors), answers)
+        verdicts = verdicts_on(self.judge, prompts * len(vectors), answers)
         values = torch.tensor([math.nan if v.missing else float(v.misaligned) for v in verdicts]).view(len(vectors), -1)
         broken = torch.tensor([v.incoherent and not v.missing for v in verdicts]).view(len(vectors), -1)
         return [Items(*pair) for pair in zip(values, broken, strict=True)]

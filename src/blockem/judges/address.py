@@ -8,6 +8,33 @@ from urllib.parse import unquote, urlsplit
 
 from blockem.errors import BlockemError
 
+SERVER = ("http://", "https://")
+"""What the address of a judge's server begins with."""
+
+
+def judge_named(name: str, what: str) -> str:
+    """A judge's name as it is used: no blanks around it, and the scheme of a server's address in small letters.
+
+    What else looks like an address may hold a password, so it is refused here and never repeated; a later message would.
+
+    Args:
+        what: the field or option that the name was given by.
+
+    Raises:
+        BlockemError: it looks like an address but cannot be used as one.
+    """
+    scheme, mark, rest = name.strip().partition("://")
+    whole = f"{scheme.casefold()}{mark}{rest}"
+    if whole.startswith(SERVER):
+        Address(whole, "OPENAI_API_KEY")
+        return whole
+    if mark or "@" in scheme:
+        raise BlockemError(
+            f"{what} looks like an address, but does not begin with http:// or https://; "
+            "give a server's address in full, and a judge's folder by a path without :// and @"
+        )
+    return scheme
+
 
 class Address:
     """A base URL and the name of the environment variable that holds the key.

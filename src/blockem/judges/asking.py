@@ -21,7 +21,7 @@ from typing import Any
 from blockem.errors import BlockemError
 from blockem.judges.address import Address
 from blockem.judges.replies import Reply
-from blockem.progress import clock
+from blockem.progress import clock, printable
 
 LOG = logging.getLogger("blockem.judges")
 LONGEST_BACKOFF = 60.0  # seconds between two tries, unless the server asks for more
@@ -90,6 +90,10 @@ class Asker:
         self._failed_in_a_row = 0
         self._given_up = ""
         self._client: Any = None
+
+    @property
+    def given_up(self) -> str:
+        return self._given_up
 
     @contextmanager
     def connected(self) -> Iterator[None]:
@@ -268,7 +272,7 @@ def _said(body: object, message: str) -> str:
 
 
 def _short(text: str, limit: int = 200) -> str:
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 

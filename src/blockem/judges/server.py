@@ -123,6 +123,11 @@ class ServerJudge:
         self.usage.missing += sum(verdict.missing for verdict in verdicts)
         return verdicts
 
+    @property
+    def given_up(self) -> str:
+        """Why the last batch was broken off (the server is gone, or asks to wait for long); empty where it was not."""
+        return self._asker.given_up
+
     def estimate(self, prompts: Sequence[str], answers: Sequence[str], tokenizer: Any = None) -> dict[str, Any]:
         """What `judge` would cost, without asking: cached verdicts are free, retries and re-asks come on top.
 

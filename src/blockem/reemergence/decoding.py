@@ -11,7 +11,7 @@ import numpy as np
 from blockem.evaluation import RATES, rate
 from blockem.examples import template_ids
 from blockem.judges import Judge
-from blockem.judges.judge import Verdict
+from blockem.judges.judge import Verdict, verdicts_on
 from blockem.model import LanguageModel
 from blockem.reemergence.patching import decode_patched
 
@@ -57,7 +57,7 @@ def decode_all(
         label = target if block is None else f"{source} → {target}, block {block}"
         row: dict[str, Any] = {"source": source, "target": target, "block": block}
         row["changed"] = sum(a != b for a, b in zip(answers, unpatched[target], strict=True)) / len(answers)
-        verdicts = judge.judge(prompts, answers) if judge else []
+        verdicts = verdicts_on(judge, prompts, answers) if judge else []
         table.append({**row, **rates(verdicts)})
         for place, answer in enumerate(answers):
             rows[place]["answers"][label] = answer

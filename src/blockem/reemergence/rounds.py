@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockem import bundled
-from blockem.errors import BlockemError
+from blockem.errors import BlockemError, NoLatents
 from blockem.pipeline import discover_step, evaluate_step, sae_step, start_run
 from blockem.reemergence.epochs import adapters, bounded_prompts, curves, measured_recipe, rise, train_epochs
 from blockem.reemergence.measures import Inputs, audit_step, decoding_step, drift_step, patching_step, penalties_step
 from blockem.session import BLOCKED, Session, adapter_key, beside
-from blockem.store import read_json, write_json
+from blockem.store import read_json, strict, write_json
 from blockem.trainings import sft_step
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _again(session: Session, inputs: Inputs, latents: LatentSet, last: Path) -> 
     with beside(session, session.recipe, folder) as other:
         try:
             discover_step(other, last)
-        except BlockemError as error:  # no latent passes: an outcome, not a mistake
+        except NoLatents as error:  # an outcome, not a mistake
             return {"why": f"the second discovery ends without a set: {error}"}
     new = LatentSet.load(folder / "latents.json")
     union = latents.union(new)
@@ -215,15 +215,6 @@ def _verdicts(session: Session, inputs: Inputs, found: dict[str, Any], last: str
 def _number(value: float | None) -> float | None:
     """The number, unless it is none (a latent set that plain fine-tuning does not move has no share)."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def strict(value: Any) -> Any:
-    """The same without numbers that JSON does not know: those become null."""
-    if isinstance(value, dict):
-        return {name: strict(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [strict(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _interval(row: dict[str, Any] | None) -> Interval | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from blockem.defence_names import DEFENCES
 from blockem.report import comparison_charts as charts
 from blockem.report.comparison_words import comparisons_words, recommendation_words, sentence, spread_words
 from blockem.report.page import HERE, environment
@@ -46,7 +47,9 @@ class Picture:
 
 
 def write(comparison: dict[str, Any], out: Path) -> Path:
-    """Add the sentences, and write everything atomically; what an earlier comparison drew and this one does not is removed.
+    """Add the sentences, and write everything atomically.
+
+    What an earlier comparison drew and this one does not is removed; files of other names in `figures/` stay.
 
     Returns:
         The path of the page.
@@ -63,12 +66,17 @@ def write(comparison: dict[str, Any], out: Path) -> Path:
     files |= {f"{one.id}.svg": standalone(one.chart) for one in drawn if one.chart is not None}
     for name, text in files.items():
         write_text(out / "figures" / name, text)
-    for old in (out / "figures").glob("*"):
-        if old.name not in files:
-            old.unlink()
+    for name in ours() - set(files):
+        (out / "figures" / name).unlink(missing_ok=True)
     write_json(out / "comparison.json", comparison)
     write_text(out / "comparison.html", page(comparison, drawn))
     return out / "comparison.html"
+
+
+def ours() -> set[str]:
+    """The names of all files that a comparison could write to `figures/`."""
+    ids = (*TITLES, *(f"ablations-{measure}" for measure in charts.NAMES), *(f"strength-{defence}" for defence in DEFENCES))
+    return {f"{one}.{kind}" for one in ids for kind in ("csv", "svg")}
 
 
 def pictures(figure: Mapping[str, Any]) -> list[Picture]:
