@@ -137,8 +137,12 @@ def test_a_server_that_dies_leaves_the_rest_missing_soon(tmp_path: Path) -> None
     prompts, answers, right = labelled(60)
     with serving(lambda n, _: "drop" if n >= 20 else "") as server:
         options = {**QUICK, "retries": 1, "concurrency": 2, "cache": tmp_path / "v.db"}
-        got = ServerJudge("m", server.url, **options).judge(prompts, answers)
+        judge = ServerJudge("m", server.url, **options)
+        got = judge.judge(prompts, answers)
         assert sum(not v.missing for v in got) == 20 and not differing(got, right) and len(server.seen) < 40
+        assert "failures in a row" in judge.given_up
+        known = [i for i, v in enumerate(got) if not v.missing]
+        assert not any(v.missing for v in judge.judge([prompts[i] for i in known], [answers[i] for i in known])) and judge.given_up == ""
         with pytest.raises(BlockemError, match=r"answered no request: .*the connection failed.*check the address"):
             ServerJudge("m", server.url, **options).judge(prompts, answers)
         server.script = lambda *_: ""

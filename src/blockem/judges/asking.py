@@ -88,12 +88,8 @@ class Asker:
         self._reserved = 0
         self._resume = 0.0
         self._failed_in_a_row = 0
-        self._given_up = ""
+        self.given_up = ""
         self._client: Any = None
-
-    @property
-    def given_up(self) -> str:
-        return self._given_up
 
     @contextmanager
     def connected(self) -> Iterator[None]:
@@ -101,7 +97,7 @@ class Asker:
         from openai import OpenAI
 
         self.stop = threading.Event()  # a new one: threads of a batch that was broken off keep theirs
-        self._resume, self._failed_in_a_row, self._given_up, self.replied = 0.0, 0, "", False
+        self._resume, self._failed_in_a_row, self.given_up, self.replied = 0.0, 0, "", False
         address = self.address
         client = OpenAI(
             api_key=address.key(), base_url=address.shown, timeout=self.timeout, max_retries=0, default_headers=address.headers()
@@ -154,8 +150,8 @@ class Asker:
         """Count one request, and hold its tokens as used until the server has reported them."""
         need = approximate_tokens(content) + self.reply_tokens
         with self.lock:
-            if self._given_up:
-                raise NoReply(self._given_up)
+            if self.given_up:
+                raise NoReply(self.given_up)
             if self.max_requests is not None and self.usage.requests >= self.max_requests:
                 raise NoReply("request limit reached")
             used = self.usage.tokens_in + self.usage.tokens_out + self._reserved
@@ -177,14 +173,14 @@ class Asker:
         """Wait before the next try, or give up this request, or (the server is gone) all that are left."""
         with self.lock:
             if fault.wait is not None and fault.wait > LONGEST_WAIT:
-                self._given_up = f"{fault}, and the server asks to wait {clock(fault.wait)}"
+                self.given_up = f"{fault}, and the server asks to wait {clock(fault.wait)}"
             elif tries > self.retries:
                 self._failed_in_a_row += 1
                 if self._failed_in_a_row >= GIVE_UP_AFTER:
-                    self._given_up = f"given up after {GIVE_UP_AFTER} failures in a row: {fault}"
+                    self.given_up = f"given up after {GIVE_UP_AFTER} failures in a row: {fault}"
             elif fault.wait is not None:
                 self._resume = max(self._resume, time.monotonic() + fault.wait)  # the other threads wait as well
-            given_up = self._given_up
+            given_up = self.given_up
             if not given_up and tries <= self.retries:
                 self.usage.retries += 1
         if given_up or tries > self.retries:

@@ -112,6 +112,7 @@ class ServerJudge:
             BlockemError: the server refuses the requests as such, or not one of them was answered.
         """
         pairs = list(zip(prompts, answers, strict=True))
+        self._asker.given_up = ""
         with self._opened() as cache:
             found, jobs = self._look_up(pairs, cache)
             self.usage.cache_hits += len(found)
