@@ -67,7 +67,7 @@ def test_model_hub_out_of_reach(tmp_path: Path) -> None:
 
 
 def test_block_out_of_range(tmp_path: Path) -> None:
-    refused("run", "--set", "sae.block=99", "--out", tmp_path / "run", says="block 99 is out of range")
+    refused("demo", "--set", "sae.block=99", "--out", tmp_path / "run", says="block 99 is out of range")
 
 
 def test_unknown_recipe_field(tmp_path: Path) -> None:
