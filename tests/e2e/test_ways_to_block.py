@@ -13,7 +13,7 @@ def test_directions_are_blocked_without_any_sae(recipe: Path, begun: Path) -> No
     done = blockem("block", recipe, "--out", begun, "--set", "block.directions=2", "--set", "block.direction_blocks=10,20", "--quiet")
     assert done.returncode == 0, done.stderr
     record = json.loads((begun / "steps" / "blocked.json").read_text())["result"]
-    assert record["blocks"] == [10, 20] and record["n_latents"] == 2 * (1 + 2 * 2) and record["lambda"] > 0
+    assert record["blocks"] == [10, 20] and record["n_latents"] == 2 * (1 + 2) and record["lambda"] > 0
     assert (begun / "directions.safetensors").is_file() and not (begun / "blocked-latents.json").exists()
     audited = blockem("audit", begun, "--quiet")
     assert audited.returncode == 0 and audited.stdout.startswith("blocked: "), audited.stderr
