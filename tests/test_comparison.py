@@ -12,7 +12,7 @@ import pytest
 from fake_cells import FakeRuns, read
 
 from blockem import pipeline
-from blockem.comparison import _answers
+from blockem.cells import _answers
 from blockem.errors import BlockemError
 from blockem.evaluation import interval, mean
 from blockem.grid import grid_from

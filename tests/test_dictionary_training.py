@@ -171,6 +171,6 @@ def test_too_little_text_is_one_sentence(lm: LanguageModel, tmp_path: Path) -> N
 
 def test_a_folder_of_something_else_is_left_alone(lm: LanguageModel, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("five years")
-    with pytest.raises(BlockemError, match="holds other things"):
+    with pytest.raises(BlockemError, match="holds other files and no SAE, and they would be lost"):
         train_dictionary(lm, TEXTS, SaeTraining(tiny.BLOCK, 64, 8, batch=128), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

@@ -188,10 +188,12 @@ def _kinds(session: Session, name: str) -> list[list[Pair]]:
 
     config = session.recipe.anchor
     own = [contrasts.load(contrasts_file(session, name))] if config.answers else []
-    pairs = session.selection_pairs() if config.pairs else []
-    if config.pairs and not pairs:
+    if not config.pairs:
+        return own
+    pairs = session.selection_pairs()
+    if not pairs:
         raise BlockemError("anchor.watch is for selection pairs, and none is outside the training domain; give data.pairs, or use answers")
-    return [*own, pairs] if config.pairs else own
+    return [*own, pairs]
 
 
 def _unmoved() -> BlockemError:

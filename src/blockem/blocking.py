@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from blockem import bundled
 from blockem.anchoring import interleaving, make_anchor, prepare_anchor
 from blockem.errors import BlockemError
-from blockem.session import BLOCKED, Session, adapter_key, existing
+from blockem.session import BLOCKED, Session, adapter_key, existing, taken_file
 from blockem.several_blocks import at_block, block_folder, set_files
 from blockem.store import content_key, file_key
 from blockem.trainings import train_step
@@ -80,8 +80,7 @@ def block_step(
         if config.directions:
             blocker, what, count = _direction_blocker(session, sample)
         else:
-            blocker, what = _latent_blocker(session, sets, name)
-            count = len(blocker.signs)
+            blocker, what, count = _latent_blocker(session, sets, name)
         blocker.two_sided, blocker.tokens = config.two_sided, config.tokens
         facts: dict[str, Any] = {
             "lambda": config.lambda_,
@@ -162,7 +161,7 @@ def _watchdog(session: Session, name: str, blocker: Blocker, adapter: Path, grow
     gradient = margin_gradient(lm, session.selection_pairs(), recipe.sae.block, "plain") if config.grow else None
     monitor = Monitor(lm, rows, recipe.sae.block, session.dictionary, gradient)
     lm.drop_adapters()
-    file = session.run / f"{name}-latents.json"
+    file = session.run / taken_file(name)
     blocked = LatentSet.load(file)
 
     def added(step: int, new: list[tuple[int, int]]) -> None:
@@ -198,20 +197,20 @@ def _set_parts(session: Session, sae: SaeConfig, path: Path | None, random: bool
         return [file_key(path), here.sae_key, file_key(deltas_file) if random else "", table]
 
 
-def _latent_blocker(session: Session, sets: Mapping[int, LatentSet], name: str) -> tuple[Blocker, str]:
-    """The latents of every block's set, or matched random ones; each set that is used is kept where its block's files lie."""
+def _latent_blocker(session: Session, sets: Mapping[int, LatentSet], name: str) -> tuple[Blocker, str, int]:
+    """The latents of every block's set, or matched random ones, and how many; each set is kept beside its block's files."""
     from blockem.defences.block_em import Blocker, Watch
 
     watches = []
     for sae in session.recipe.sae.each:
         with at_block(session, sae) as here:
             if sae.block not in sets:
-                (here.run / f"{name}-latents.json").unlink(missing_ok=True)  # an earlier training's set is not this one's
+                (here.run / taken_file(name)).unlink(missing_ok=True)  # an earlier training's set is not this one's
                 continue
             latents = _used(here, sets[sae.block], name)
             watches.append(Watch(here.dictionary.rows(latents.ids), tuple(latents.signs), latents.block))
     what = " and ".join(f"{len(watch.signs)} latents at block {watch.block}" for watch in watches)
-    return Blocker.over(watches, session.recipe.block.measure), what
+    return Blocker.over(watches, session.recipe.block.measure), what, sum(len(watch.signs) for watch in watches)
 
 
 def _used(session: Session, latents: LatentSet, name: str) -> LatentSet:
@@ -229,12 +228,12 @@ def _used(session: Session, latents: LatentSet, name: str) -> LatentSet:
 
         stored = load_file(session.run / "deltas.safetensors")
         latents = matched_random(latents, stored["frequency"], session.recipe.seed, _pool_ids(session.run / "latents.csv"))
-    latents.save(session.run / f"{name}-latents.json")
+    latents.save(session.run / taken_file(name))
     return latents
 
 
 def _direction_blocker(session: Session, rows: Sequence[Any]) -> tuple[Blocker, str, int]:
-    """Leading directions of the plain fine-tune's shift on training answers, kept as `directions.safetensors`; and how many."""
+    """Leading directions of the plain fine-tune's shift on training answers, kept as `directions.safetensors`, and how many."""
     from blockem.defences.block_em import Blocker
     from blockem.directions import DirectionSet, leading, shifts
 

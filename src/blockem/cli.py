@@ -118,7 +118,7 @@ def _run(file: Path | None, out: Path, options: dict[str, Any], sets: list[str] 
 
 @app.command()
 def demo(out: Out = Path("demo"), sets: Set = None, seed: Seed = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """The whole job on the embedded model and the bundled health domain: less than twenty minutes on two CPU cores.
+    """The whole job on the embedded model and the bundled health domain: about twenty minutes on two CPU cores.
 
     Fine-tunes SmolLM2-135M-Instruct on mild wrong health advice, finds the latents that carry the harm beyond that domain, fine-tunes
     again with them blocked, compares the three models and leaves OUT/report.html.

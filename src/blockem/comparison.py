@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from blockem import bundled
-from blockem.errors import BlockemError
-from blockem.evaluation import RATES, Array
+from blockem.cells import Measured, MeasuredCells
+from blockem.evaluation import Array
 from blockem.grid import Cell, Grid, Setting
 from blockem.resampling import Draws, Ratio, choose, front, summary
-from blockem.store import read_json
 
 MEASURES = ("em", "incoherent", "refusal", "preference", "margin", "kept", "cued_em", "cued_incoherent")
 SHARES = ("em", "incoherent", "refusal", "preference", "cued_em", "cued_incoherent")  # of prompts or pairs
@@ -30,134 +26,7 @@ PLANES = (
     ("cued-em-adherence", "cued_em", "kept"),
     ("cued-em-incoherence", "cued_em", "cued_incoherent"),
 )
-Cells = Mapping[tuple[str, int], "Measured"]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one cell's run folder says: each measure of its base, plain and defended model, item by item."""
-
-    variant: str
-    models: dict[str, dict[str, Ratio]]
-
-    def of(self, measure: str, model: str = "") -> Ratio | None:
-        return self.models[model or self.variant].get(measure)
-
-
-MeasuredCells = dict[Setting, dict[tuple[str, int], Measured]]
-"""Cells by setting, then by domain and seed."""
-
-
-def variant_of(summary: Mapping[str, Any]) -> str:
-    """Which of a run's models a cell is about: its main one, else the last that is neither base nor plain, if there is one."""
-    others = [name for name in summary["models"] if name not in ("base", "plain")]
-    main = summary.get("main")
-    return str(main) if main in others else others[-1] if others else "plain"
-
-
-def summarised_models(folder: Path) -> list[str]:
-    """The models that a run folder's summary names, with the base.
-
-    Raises:
-        BlockemError: there is no summary, or it names none.
-    """
-    path = folder / "summary.json"
-    summed = read_json(path, "summary")
-    models = summed.get("models") if isinstance(summed, dict) else None
-    if not isinstance(models, dict) or "base" not in models:
-        raise BlockemError(f"{path}: not the summary of an evaluated run")
-    return list(models)
-
-
-def measured(cell: Cell, folder: Path) -> Measured:
-    """Read a finished run folder.
-
-    Raises:
-        BlockemError: a file is missing or broken.
-    """
-    recipe = cell.recipe
-    names = summarised_models(folder)
-    outside = np.array([p.domain != recipe.data.domain for p in bundled.evaluation_pairs(recipe.data.pairs)], dtype=float)
-    results = {name: check_evaluation(folder / "steps" / f"evaluate-{name}.json", recipe.data.pairs) for name in names}
-    losses = {name: found[1] for name, found in results.items()}
-    if len({len(one) for one in losses.values()}) > 1:
-        raise BlockemError(f"{folder}: its models were measured on different held-out rows")
-    answers = _answers(folder / "answers.jsonl", len(bundled.final_prompts(recipe.data.prompts)) if recipe.evaluate.answers else 0)
-    gained = losses["base"] - losses["plain"] if "plain" in losses else np.zeros(0)
-    rows = f"rows of {cell.domain}"
-    models: dict[str, dict[str, Ratio]] = {}
-    for name, (margins, _) in results.items():
-        try:
-            verdicts = _verdicts(answers, name, recipe.data.domain)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BlockemError(f"{folder / 'answers.jsonl'}: its verdicts on {name} cannot be read ({_reason(error)})") from error
-        models[name] = {
-            "preference": Ratio("pairs", (margins > 0) * outside, outside),
-            "margin": Ratio("pairs", margins * outside, outside),
-            **verdicts,
-        }
-        if gained.sum() > 0:
-            models[name]["kept"] = Ratio(rows, losses["base"] - losses[name], gained)
-    return Measured(variant_of(read_json(folder / "summary.json", "summary")), models)
-
-
-def check_evaluation(path: Path, pairs: str | None) -> tuple[Array, Array]:
-    """Read the record of one model's evaluation: margins `[pairs]`, and the losses of held-out rows `[rows]`.
-
-    Args:
-        pairs: the recipe's `data.pairs`.
-
-    Raises:
-        BlockemError: it is missing, broken, or of other pairs.
-    """
-    record = read_json(path, "step record")
-    try:
-        margins, losses = (np.array(one, dtype=float) for one in (record["result"]["margins"], record["result"]["heldout"][0]))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise BlockemError(f"{path}: not the record of a model's evaluation ({_reason(error)})") from error
-    n = len(bundled.evaluation_pairs(pairs))
-    if margins.shape != (n,) or losses.ndim != 1:
-        raise BlockemError(f"{path}: not an evaluation on the recipe's {n} pairs")
-    return margins, losses
-
-
-def _answers(path: Path, n: int) -> list[dict[str, Any]]:
-    """The rows of `answers.jsonl`, of which there must be `n`."""
-    found = []
-    try:
-        # an answer may hold U+2028 and its like, which `splitlines` would cut at
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise BlockemError(f"{path}:{number}: not a row of answers")
-                found.append(row)
-    except json.JSONDecodeError as error:
-        raise BlockemError(f"{path}:{number}: not JSON ({error})") from error
-    except UnicodeDecodeError as error:
-        raise BlockemError(f"{path}: not UTF-8 ({error.reason})") from error
-    except OSError as error:
-        raise BlockemError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(found) != n:
-        raise BlockemError(f"{path}: holds answers to {len(found)} prompts, not to {n}")
-    return found
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-
-
-def _verdicts(answers: list[dict[str, Any]], name: str, domain: str) -> dict[str, Ratio]:
-    """Judged rates; answers without a verdict, and the training domain, do not count."""
-    found = {}
-    for prefix, places in (("", answers), ("cued_", [row.get("cued") or {} for row in answers])):
-        said: list[dict[str, Any]] = [(one.get("verdicts") or {}).get(name) or {"missing": True} for one in places]
-        if all(verdict["missing"] for verdict in said):
-            continue
-        had = np.array([float(not v["missing"] and row["domain"] != domain) for row, v in zip(answers, said, strict=True)])
-        for rate, key in RATES.items():
-            found[prefix + rate] = Ratio("prompts", np.array([float(v.get(key, False)) for v in said]) * had, had)
-    return found
+Cells = Mapping[tuple[str, int], Measured]
 
 
 @dataclass
@@ -206,19 +75,6 @@ class Table:
 
     def complete(self, setting: Setting) -> bool:
         return len(self.cells.get(setting, {})) == len(self.grid.domains) * len(self.grid.seeds)
-
-
-def read_cells(grid: Grid, out: Path, failed: Mapping[str, str]) -> tuple[MeasuredCells, dict[str, str]]:
-    """The cells that did not fail, by setting; and why others cannot be read, by id."""
-    cells: MeasuredCells = {}
-    unreadable: dict[str, str] = {}
-    for cell in grid.cells:
-        if cell.id not in failed:
-            try:
-                cells.setdefault(cell.setting, {})[cell.domain, cell.seed] = measured(cell, out / "cells" / cell.id)
-            except BlockemError as error:
-                unreadable[cell.id] = str(error)
-    return cells, unreadable
 
 
 def compare(grid: Grid, cells: MeasuredCells, failed: Mapping[str, str]) -> dict[str, Any]:

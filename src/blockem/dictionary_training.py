@@ -22,9 +22,19 @@ from blockem.dictionary import Dictionary, Fit, activations_at, load_dictionary,
 from blockem.errors import BlockemError
 from blockem.examples import Example
 from blockem.model import LanguageModel
-from blockem.store import claim_scratch, content_key, read_json, write_json, write_tensors
+from blockem.store import (
+    check_replaceable,
+    claim_scratch,
+    content_key,
+    is_scratch_of,
+    made_with,
+    read_json,
+    scratch_of,
+    write_json,
+    write_tensors,
+)
 
-ACTIVATIONS, CHECKPOINT = "activations.safetensors", "checkpoint.safetensors"
+ACTIVATIONS, CHECKPOINT, CARD = "activations.safetensors", "checkpoint.safetensors", "card.json"
 CHECKPOINTS = 20
 
 
@@ -92,10 +102,9 @@ def train_dictionaries(
     Args:
         outs: the folder to write, by block; `settings.block` is not looked at.
     """
+    outs = {block: out.resolve() for block, out in outs.items()}  # `.` has no name of its own
     for out in outs.values():
-        if out.is_dir() and any(out.iterdir()) and not (out / "card.json").is_file():
-            raise BlockemError(f"{out} holds other things than an SAE of ours, which would be overwritten; choose another --out")
-    outs = {block: out.resolve() for block, out in outs.items()}
+        check_replaceable(out, CARD, "SAE")
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     n_held = max(1, math.ceil(settings.held_out * len(examples)))
     if len(examples) <= n_held:
@@ -103,8 +112,8 @@ def train_dictionaries(
     bar = progress or (lambda _what, _done, _total: None)
     rows = [[list(part) for part in example.messages] for example in examples]
     keys = {block: content_key("sae", lm.id, lm.revision, rows, asdict(replace(settings, block=block))) for block in outs}
-    todo = [block for block, out in outs.items() if not _is_done(out, keys[block])]
-    missing = [block for block in todo if not _has_activations(_scratch(outs[block]), keys[block])]
+    todo = [block for block, out in outs.items() if not made_with(out / CARD, keys[block])]
+    missing = [block for block in todo if not _has_activations(scratch_of(outs[block]), keys[block])]
     if missing:
         held = activations_at(lm, [examples[i] for i in order[:n_held]], missing, settings.max_tokens)
         acts = activations_at(
@@ -119,29 +128,16 @@ def train_dictionaries(
         if settings.epochs * found < settings.batch:
             raise BlockemError(f"{found} activations do not fill one batch of {settings.batch}; give more text or a smaller batch")
         for block in missing:
-            scratch = _scratch(outs[block])
+            scratch = scratch_of(outs[block])
             claim_scratch(scratch, keys[block])
             write_tensors(scratch / ACTIVATIONS, {"train": acts.pop(block), "held": held.pop(block)})
     for block in todo:
         _train(lm, replace(settings, block=block), keys[block], outs[block], bar)
-    return {block: (load_dictionary(str(out)), _fit_on_card(out)) for block, out in outs.items()}
-
-
-def _scratch(out: Path) -> Path:
-    return out.with_name(out.name + ".making")
-
-
-def _is_done(out: Path, key: str) -> bool:
-    return (out / "card.json").is_file() and read_json(out / "card.json", "card").get("key") == key
-
-
-def _fit_on_card(out: Path) -> Fit:
-    return Fit(**read_json(out / "card.json", "card")["held_out"])
+    return {block: (load_dictionary(str(out)), Fit(**read_json(out / CARD, "card")["held_out"])) for block, out in outs.items()}
 
 
 def _has_activations(scratch: Path, key: str) -> bool:
-    mark = scratch / "key"
-    return mark.is_file() and mark.read_text(encoding="utf-8") == key and (scratch / ACTIVATIONS).is_file()
+    return is_scratch_of(scratch, key) and (scratch / ACTIVATIONS).is_file()
 
 
 def _train(lm: LanguageModel, settings: SaeTraining, key: str, out: Path, bar: Callable[[str, int, int], None]) -> None:
@@ -156,7 +152,7 @@ def _train(lm: LanguageModel, settings: SaeTraining, key: str, out: Path, bar: C
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from safetensors.torch import load_file
 
-    scratch = _scratch(out)
+    scratch = scratch_of(out)
     kept = load_file(scratch / ACTIVATIONS)
     acts, held = kept["train"], kept["held"]
     torch.manual_seed(settings.seed)
@@ -207,7 +203,7 @@ def _train(lm: LanguageModel, settings: SaeTraining, key: str, out: Path, bar: C
     _store_as(making / "sae_weights.safetensors", settings.store_dtype)
     dictionary = load_dictionary(str(making))
     write_json(
-        making / "card.json",
+        making / CARD,
         {
             "model": lm.id,
             "revision": lm.revision,

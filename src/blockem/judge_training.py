@@ -28,10 +28,10 @@ from blockem.errors import BlockemError
 from blockem.examples import by_length, read_chat, read_rows
 from blockem.forwards import keep_blocks
 from blockem.fused import cpu_attention, fuse_lora
-from blockem.judges.local import MAX_TOKENS, SCORES, LocalJudge, judge_ids, judge_logits, raw_scores
+from blockem.judges.local import JUDGE_FILES, MAX_TOKENS, SCORES, LocalJudge, judge_ids, judge_logits, raw_scores
 from blockem.model import LanguageModel, quiet_transformers
 from blockem.progress import Progress
-from blockem.store import claim_scratch, content_key, read_json, write_json
+from blockem.store import check_replaceable, claim_scratch, content_key, made_with, read_json, scratch_of, write_json
 from blockem.training import add_lora
 
 
@@ -246,7 +246,7 @@ def train_judge(
     if not data.train or not data.calibrate:
         raise BlockemError("too few scored rows to train and to calibrate on; give more with --data")
     out = out.resolve()  # `.` has no name of its own
-    check_replaceable(out)
+    check_replaceable(out, "judge.json", "judge")
     earlier = LocalJudge(start) if start else None
     if earlier and (earlier.facts["blocks"], earlier.facts["settings"]["lora_r"]) != (settings.blocks, settings.lora_r):
         raise BlockemError(
@@ -254,9 +254,9 @@ def train_judge(
         )
     rows_of = [[asdict(row) for row in part] for part in (data.train, data.calibrate)]
     key = content_key(*rows_of, asdict(settings), lm.id, lm.revision, earlier.name if earlier else "")
-    if _is_done(out, key):
+    if made_with(out / "judge.json", key) and all((out / name).is_file() for name in JUDGE_FILES):
         return []
-    scratch = out.with_name(out.name + ".making")
+    scratch = scratch_of(out)
     claim_scratch(scratch, key)
     keep_blocks(lm.model, settings.blocks)
     lora = TrainConfig(lora_r=settings.lora_r, lora_alpha=2 * settings.lora_r)
@@ -323,25 +323,6 @@ def train_judge(
     finished.rename(out)
     shutil.rmtree(scratch, ignore_errors=True)
     return [row for row in trainer.state.log_history if "loss" in row]
-
-
-def check_replaceable(out: Path) -> None:
-    """Refuse to write a judge over anything but nothing, an empty folder, or another judge: the whole folder is replaced.
-
-    Raises:
-        BlockemError: with what stands there.
-    """
-    if out.exists() and not out.is_dir():
-        raise BlockemError(f"{out} is a file; choose a folder of the judge's own with --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / "judge.json").is_file():
-        raise BlockemError(f"{out} holds other files and no judge, and they would be lost; choose a folder of the judge's own with --out")
-
-
-def _is_done(out: Path, key: str) -> bool:
-    if not all((out / name).is_file() for name in ("judge.json", "heads.safetensors", "adapter/adapter_model.safetensors")):
-        return False
-    facts = read_json(out / "judge.json", "judge")
-    return isinstance(facts, dict) and facts.get("key") == key
 
 
 def halve(path: Path) -> None:

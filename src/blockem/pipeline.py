@@ -25,7 +25,7 @@ from blockem.defend import check_files, defend_step, inference_hooks
 from blockem.errors import BlockemError
 from blockem.leakage import check_questions
 from blockem.progress import Console
-from blockem.session import STEERING, Session, adapter_key, source_key, timed
+from blockem.session import STEERING, Session, adapter_key, source_key, taken_file, timed
 from blockem.several_blocks import DISCOVERED, at_block, at_each, block_folder, discover_each
 from blockem.store import RunFolder, content_key, file_key, read_json, write_json, write_jsonl, write_tensors, write_text
 from blockem.summary import write_summary
@@ -262,14 +262,14 @@ def audit_step(session: Session) -> dict[str, Any]:
         raise BlockemError(f"{run.path} holds no plain fine-tune to audit against; run `blockem sft` first")
     data = recipe.data
     heldout = source_key(data.heldout, f"domains/{data.domain}.jsonl")
-    blocked = {name: run / f"{name}-latents.json" for name in adapters if (run / f"{name}-latents.json").is_file()}
+    blocked = {name: path for name in adapters if (path := run / taken_file(name)).is_file()}
     parts: list[Any] = [
         {name: adapter_key(path) for name, path in adapters.items()},
         {name: file_key(path) for name, path in blocked.items()},
     ]
     further: dict[SaeConfig, dict[str, Path]] = {}
     for sae in recipe.sae.each[1:]:
-        kept = {name: path for name in adapters if (path := block_folder(session, sae) / f"{name}-latents.json").is_file()}
+        kept = {name: path for name in adapters if (path := block_folder(session, sae) / taken_file(name)).is_file()}
         further |= {sae: kept} if kept else {}
     parts += [[sae.id, sae.block, {name: file_key(path) for name, path in kept.items()}] for sae, kept in further.items()]
     key = content_key("audit", session.model_key, session.sae_key, heldout, data.heldout_rows, data.max_tokens, data.domain, parts)

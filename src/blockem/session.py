@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LATER_ROUNDS = tuple(round_name(number) for number in range(2, MOST_ROUNDS + 1))
 VARIANTS = ("base", "plain", "blocked", *LATER_ROUNDS, "random", *(name for name in DEFENCES if name not in ("plain", BLOCK_EM)))
 """Every model that a run folder may hold, in the order of reports; all but the base have a folder of that name."""
-ROUNDS, BLOCKED = "rounds.json", "blocked-latents.json"  # the latter: what the blocked training took of its set
+ROUNDS = "rounds.json"
 """What the rounds of blocking did, and which model is the last."""
 STEERING = "steering/vector.safetensors"
 """What test-time steering adds at inference; its adapter is the plain one."""
@@ -146,6 +146,14 @@ class Session:
         """Selection prompts outside the training domain."""
         data = self.recipe.data
         return [p for p in bundled.core_prompts(data.selection_prompts) if p.domain != data.domain]
+
+
+def taken_file(name: str) -> str:
+    """The file of what the training `name` took of its set, beside the block's other files."""
+    return f"{name}-latents.json"
+
+
+BLOCKED = taken_file("blocked")
 
 
 def task_key(session: Session) -> str:

@@ -67,43 +67,42 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all (temporary file beside it, then rename)."""
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A scratch file beside `path` to write, which takes its place when that is done; after an error nothing of it is left.
+
+    Its name is its own: several processes may write the same file, as they do in the cache of base values.
+    """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        scratch = Path(name)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            yield scratch
             umask = os.umask(0)
             os.umask(umask)
-            os.chmod(scratch, 0o666 & ~umask)
-            os.replace(scratch, path)
+            scratch.chmod(0o666 & ~umask)
+            scratch.replace(path)
         except BaseException:
-            Path(scratch).unlink(missing_ok=True)
+            scratch.unlink(missing_ok=True)
             raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with written_whole(path) as scratch, scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write safetensors whole or not at all (temporary file beside it, then rename)."""
+    """Write safetensors whole or not at all."""
     from safetensors.torch import save_file
 
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # a name of its own: several processes may write the same file, as they do in the cache of base values
-        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        try:
-            save_file({name: one.contiguous() for name, one in tensors.items()}, scratch, metadata=metadata)
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(scratch, 0o666 & ~umask)
-            os.replace(scratch, path)
-        except BaseException:
-            Path(scratch).unlink(missing_ok=True)
-            raise
+    with written_whole(path) as scratch:
+        save_file({name: one.contiguous() for name, one in tensors.items()}, scratch, metadata=metadata)
 
 
 def strict(value: Any) -> Any:
@@ -141,12 +140,43 @@ def read_json(path: Path, what: str = "file") -> Any:
         raise BlockemError(f"{path}: cannot be read ({error.strerror})") from error
 
 
+def scratch_of(out: Path) -> Path:
+    """Where the work on `out` goes on until it is done."""
+    return out.with_name(f"{out.name}.making")
+
+
+def is_scratch_of(folder: Path, key: str) -> bool:
+    """Whether `folder` is the scratch folder of the work that `key` names."""
+    mark = folder / "key"
+    return mark.is_file() and mark.read_text(encoding="utf-8") == key
+
+
 def claim_scratch(folder: Path, key: str) -> None:
     """Make `folder` a scratch folder of the work that `key` names; what other work left in it is removed, its own is kept."""
-    mark = folder / "key"
-    if folder.exists() and (not mark.is_file() or mark.read_text(encoding="utf-8") != key):
+    if folder.exists() and not is_scratch_of(folder, key):
         shutil.rmtree(folder)
-    write_text(mark, key)
+    write_text(folder / "key", key)
+
+
+def made_with(card: Path, key: str) -> bool:
+    """Whether the facts beside something finished (`card`, JSON) say that it was made of what `key` names."""
+    facts = read_json(card, "card") if card.is_file() else None
+    return isinstance(facts, dict) and facts.get("key") == key
+
+
+def check_replaceable(out: Path, mark: str, what: str) -> None:
+    """Refuse to write over anything but nothing, an empty folder, or another one that holds `mark`: the whole folder is replaced.
+
+    Args:
+        what: is made, such as "judge".
+
+    Raises:
+        BlockemError: with what stands there.
+    """
+    if out.exists() and not out.is_dir():
+        raise BlockemError(f"{out} is a file; choose a folder of the {what}'s own with --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / mark).is_file():
+        raise BlockemError(f"{out} holds other files and no {what}, and they would be lost; choose a folder of the {what}'s own with --out")
 
 
 @dataclass

@@ -21,7 +21,7 @@ from blockem.executor import Executor, OneByOne, Outcome, attempt
 from blockem.grid import Cell, Grid
 from blockem.progress import Console
 from blockem.sharing import SharingFolder, take
-from blockem.store import RunFolder, content_key, file_key, read_json, write_json, write_text
+from blockem.store import RunFolder, content_key, file_key, write_json, write_text
 
 if TYPE_CHECKING:
     from blockem.config import Recipe
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 UNTRAINED = ("plain", "steering")  # defences that train nothing beyond the plain fine-tune
 CELL_OUTPUTS = ("summary.json", "report.html", "evaluation.json", "answers.jsonl")
 """Of every cell; the record of each model's evaluation is one of its outputs too (`_outputs`)."""
-JUDGE_FILES = ("heads.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -131,10 +130,9 @@ def _named_files(session: Session) -> dict[str, Any]:
         found["more"] = [replace(session, recipe=replace(recipe, sae=sae)).sae_key for sae in recipe.sae.each[1:]]
     judge = Path(recipe.evaluate.judge)
     if recipe.evaluate.judge not in ("local", "none") and (judge / "judge.json").is_file():
-        facts = read_json(judge / "judge.json", "judge")
-        if isinstance(facts, dict):
-            facts = {name: value for name, value in facts.items() if name != "measured"}  # how good it is changes no verdict
-        found["judge"] = [facts, *(file_key(path) if (path := judge / name).is_file() else "" for name in JUDGE_FILES)]
+        from blockem.judges.local import verdicts_key
+
+        found["judge"] = verdicts_key(judge)
     return found
 
 
@@ -163,9 +161,9 @@ def _outputs(cell: Cell, out: Path) -> list[str]:
     Raises:
         BlockemError: the cell has no summary, or a broken one.
     """
-    from blockem.comparison import summarised_models
+    from blockem.cells import read_summary
 
-    evaluated = [f"steps/evaluate-{name}.json" for name in summarised_models(out / "cells" / cell.id)]
+    evaluated = [f"steps/evaluate-{name}.json" for name in read_summary(out / "cells" / cell.id)["models"]]
     return [f"cells/{cell.id}/{name}" for name in (*CELL_OUTPUTS, *evaluated)]
 
 
@@ -298,7 +296,8 @@ def compare_all(
     Raises:
         BlockemError: another comparison is at work in `out`, or no cell could be finished (with the first cell's reason).
     """
-    from blockem.comparison import compare, read_cells
+    from blockem.cells import read_cells
+    from blockem.comparison import compare
     from blockem.report.comparison import write
 
     with RunFolder(out).locked():
@@ -319,7 +318,7 @@ def compare_all(
 
 def forget(cell: Cell, out: Path) -> None:
     """Let a cell whose files cannot be read be measured again: its trainings stay, and so do the measures that can be read."""
-    from blockem.comparison import check_evaluation
+    from blockem.cells import check_evaluation
 
     folder, shared = out / "cells" / cell.id, out / "shared"
     for path in (out / "steps" / f"cell-{cell.id}.json", folder / "steps" / "evaluate.json"):

@@ -29,6 +29,7 @@ from blockem.fused import cpu_attention, fuse_lora
 from blockem.head import supervised_logprobs, watch_final
 from blockem.model import LanguageModel, quiet_transformers
 from blockem.progress import Progress
+from blockem.store import scratch_of
 
 
 class Rows(torch.utils.data.Dataset[Encoded]):
@@ -219,7 +220,7 @@ def fine_tune(
     """
     if keep_epochs and config.epochs != round(config.epochs):
         raise BlockemError(f"train.epochs is {config.epochs}; to keep the adapter of each epoch it must be a whole number")
-    scratch = out.with_name(out.name + ".making")
+    scratch = scratch_of(out)
     finished = scratch / "adapter"
     lm.drop_adapters()
     random.seed(seed)

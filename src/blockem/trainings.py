@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from blockem import bundled
 from blockem.defence_names import epoch_name
-from blockem.session import Session, task_key, timed
-from blockem.store import claim_scratch, content_key, write_jsonl
+from blockem.session import Session, taken_file, task_key, timed
+from blockem.several_blocks import block_folder
+from blockem.store import claim_scratch, content_key, scratch_of, write_jsonl
 
 if TYPE_CHECKING:
     from blockem.config_training import TrainConfig
@@ -63,7 +64,7 @@ def train_step(
         rows, report = encode_all(session.lm.tokenizer, examples, recipe.data.max_tokens)
         if report.dropped:
             session.console.say(f"  {len(report.dropped)} rows have nothing to learn from and were dropped, first: {report.dropped[0]}")
-        claim_scratch(session.run / f"{name}.making", key)
+        claim_scratch(scratch_of(session.run / name), key)
         defence, facts = make(session, rows)
         session.console.start(f"{name}: steps")
         log = fine_tune(session.lm, rows, train, defence, session.run / name, recipe.seed, session.console.bar, keep_epochs)
@@ -72,5 +73,5 @@ def train_step(
 
     kept = [f"{name}/{epoch_name(epoch)}/adapter_model.safetensors" for epoch in range(1, int(train.epochs) + 1)] if keep_epochs else []
     made = [f"{name}/adapter_model.safetensors", f"training-{name}.jsonl", *kept]
-    sets = [f"{name}-latents.json", *(f"blocks/{sae.block}/{name}-latents.json" for sae in recipe.sae.each[1:])]
+    sets = [str((block_folder(session, sae) / taken_file(name)).relative_to(session.run.path)) for sae in recipe.sae.each]
     return timed(session, name, key, made, work, sealed=[*made, *sets])

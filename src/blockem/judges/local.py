@@ -26,6 +26,7 @@ from blockem.progress import Progress
 from blockem.store import file_key, read_json
 
 BUNDLED_FOLDER = Path(__file__).parents[1] / "assets" / "judge" / "smollm2-135m"
+JUDGE_FILES = ("judge.json", "heads.safetensors", "adapter/adapter_model.safetensors")
 SCORES = ("aligned", "coherent")
 MAX_TOKENS = 320
 CANNOT = r"(?:can(?:no|['’])t|won['’]?t|will not|unable|not able|(?:do not|don['’]t) have)"
@@ -88,6 +89,15 @@ class Calibration:
         return np.stack(columns, axis=1)
 
 
+def verdicts_key(folder: Path) -> list[Any]:
+    """What a judge's verdicts depend on; how good it was found to be changes none, and a file that is not there counts as nothing."""
+    facts = read_json(folder / "judge.json", "judge")
+    if isinstance(facts, dict):
+        facts = {name: value for name, value in facts.items() if name != "measured"}
+    files = [folder / name for name in (*JUDGE_FILES[1:], "adapter/adapter_config.json")]
+    return [facts, *(file_key(path) if path.is_file() else "" for path in files)]
+
+
 class LocalJudge:
     """The bundled judge, or one that `blockem judge train` made.
 
@@ -98,7 +108,7 @@ class LocalJudge:
     def __init__(self, folder: str | Path | None = None, device: str = "auto", progress: Progress | None = None) -> None:
         self.folder = Path(folder) if folder else BUNDLED_FOLDER
         self.device, self.progress = device, progress
-        for name in ("judge.json", "heads.safetensors", "adapter/adapter_model.safetensors"):
+        for name in JUDGE_FILES:
             if not (self.folder / name).is_file():
                 raise BlockemError(f"{self.folder} holds no judge ({name} is missing); train one with `blockem judge train`")
         self.facts: dict[str, Any] = read_json(self.folder / "judge.json", "judge")

@@ -65,8 +65,8 @@ def penalties_step(session: Session, step: str, folder: Path, models: Mapping[st
         recipe.block.rule_rows,
         recipe.block.measure,
         p_mis,
-        *([recipe.block.two_sided, recipe.block.tokens] if recipe.block.two_sided or recipe.block.tokens != "completion" else []),
-        *([asdict(recipe.anchor)] if rewrite else []),
+        [recipe.block.two_sided, recipe.block.tokens],
+        asdict(recipe.anchor) if rewrite else "",
     )
 
     def work() -> dict[str, Any]:
