@@ -100,6 +100,8 @@ def test_a_real_name_too_long_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_numbers_that_json_does_not_know_are_null(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"a": math.nan}, {"a": 1.5}])
+    assert (tmp_path / "a.jsonl").read_text() == '{"a": null}\n{"a": 1.5}\n'
     write_json(tmp_path / "a.json", {"a": [math.nan, (math.inf, 1.5)], "b": {"c": -math.inf}})
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
     assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, [None, 1.5]], "b": {"c": None}}

@@ -10,6 +10,7 @@ import pytest
 from fake_cells import FakeRuns, failing, read
 
 from blockem import pipeline
+from blockem.anchoring import prepare_anchor
 from blockem.config import Recipe
 from blockem.config_values import keyed
 from blockem.defend import _key
@@ -175,7 +176,9 @@ def test_an_saes_settings_and_the_rows_of_the_anchors_rule_are_in_their_keys(tmp
     (tmp_path / "cfg.json").write_text('{"k": 9}')
     assert opened(tmp_path, sae__id=str(tmp_path)).sae_key != one
     few, many = ({"block__rule_rows": n} for n in (4, 64))
-    assert _key(opened(tmp_path, defence__name="anchor", **few)) != _key(opened(tmp_path, defence__name="anchor", **many))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    keys = [prepare_anchor(opened(tmp_path, anchor__watch="pairs", **rows), tmp_path, "anchor") for rows in (few, many)]
+    assert keys[0] != keys[1]
     assert _key(opened(tmp_path, defence__name="kl", **few)) == _key(opened(tmp_path, defence__name="kl", **many))
 
 

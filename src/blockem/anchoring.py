@@ -81,7 +81,7 @@ def prepare_anchor(session: Session, adapter: Path, name: str, sick: Sequence[Pa
         return ""
     if config.answers:
         contrast_step(session, [adapter, *sick], name)
-    parts: list[Any] = [keyed(config), adapter_key(adapter)]
+    parts: list[Any] = [keyed(config), adapter_key(adapter), session.recipe.block.rule_rows]  # the rows on which its λ is measured
     if config.answers:
         parts.append(file_key(contrasts_file(session, name)))
     if config.interleave:

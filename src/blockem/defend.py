@@ -91,8 +91,6 @@ def _strength(session: Session) -> float:
 
 def _key(session: Session, *parts: Any) -> str:
     defence = session.recipe.defence
-    if defence.name == "anchor":  # the rows on which its λ is measured
-        parts = (*parts, session.recipe.block.rule_rows)
     return content_key("defend", defence.name, defence.set_strength, *parts)
 
 
