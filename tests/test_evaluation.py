@@ -160,6 +160,17 @@ def test_differences_cut_and_kept_are_those_worked_out_by_hand() -> None:
     assert found["models"]["base"]["judged"] is None
 
 
+def test_what_is_kept_of_the_rise_in_the_training_domain_is_measured_on_its_own_pairs() -> None:
+    given = three()
+    given["base"].margins[:2], given["plain"].margins[:2], given["blocked"].margins[:2] = (-1, -3), (3, 1), (2, -1)
+    found = summarise(given, DOMAINS, "health", 200)
+    assert found["kept_rise"]["margin"]["value"] == pytest.approx((0.5 + 2) / (2 + 2))
+    assert found["kept_rise"]["preference"]["value"] == pytest.approx(0.5)
+    assert found["defences"]["blocked"]["kept_rise"] == found["kept_rise"]
+    assert summarise(three(), DOMAINS, "health", 200)["kept_rise"] == {"preference": None, "margin": None}  # plain fell there
+    assert summarise(three(), DOMAINS, "finance", 200)["kept_rise"] == {"preference": None, "margin": None}  # no such pair
+
+
 def test_there_is_no_cut_without_a_rise_and_no_share_kept_without_a_gain() -> None:
     flat = three()
     flat["plain"] = flat["base"]

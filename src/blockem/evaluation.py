@@ -136,7 +136,9 @@ def _preferred(margins: Array) -> Array:
 def summarise(
     scores: dict[str, Scores], domains: Sequence[str], training_domain: str, resamples: int = 2000, main: str = "blocked"
 ) -> dict[str, Any]:
-    """All figures of the summary: each model's, the differences, the cut of the rise and the share of the task kept.
+    """All figures of the summary: each model's, the differences, the cut of the rise outside the domain, and what of the task is kept.
+
+    `kept` is the share of plain fine-tuning's gain in held-out loss, `kept_rise` that of its rise on the training domain's own pairs.
 
     Args:
         scores: by model name; "base" and "plain" are needed for the cut, which is given for every other model under "defences", and
@@ -181,15 +183,21 @@ def summarise(
         moved: dict[str, Any] = differences["plain-base"]
         for name in defended:
             cut: dict[str, Any] = {"preference": None, "margin": None}
+            risen: dict[str, Any] = {"preference": None, "margin": None}
+            three = (base, plain, scores[name])
             for figure, read in (("preference", _preferred), ("margin", lambda m: m)):
                 if moved[figure] and moved[figure]["value"] > 0:
-                    cut[figure] = ci(_share_removed, *(read(one.margins[outside]) for one in (base, plain, scores[name])))
+                    cut[figure] = ci(_share_removed, *(read(one.margins[outside]) for one in three))
+                inside = [read(one.margins[~outside]) for one in three]
+                if len(inside[0]) and inside[1].mean() > inside[0].mean():
+                    risen[figure] = ci(_share_risen, *inside)
             kept = None
             if moved["heldout_loss"] and moved["heldout_loss"]["value"] < 0:
                 kept = ci(_share_kept, base.heldout[0], plain.heldout[0], scores[name].heldout[0])
-            defences[name] = {"cut": cut, "kept": kept}
+            defences[name] = {"cut": cut, "kept": kept, "kept_rise": risen}
     shown = next((name for name in (main, "blocked", *defended) if name in defended and name != "random"), "blocked")
-    of_main = defences.get(shown, {"cut": {"preference": None, "margin": None}, "kept": None})
+    nothing: dict[str, Any] = {"preference": None, "margin": None}
+    of_main = defences.get(shown, {"cut": nothing, "kept": None, "kept_rise": nothing})
     return {"main": shown, "models": models, "differences": differences, **of_main, "defences": defences}
 
 
@@ -201,8 +209,14 @@ def loss_difference(left: Array, right: Array, tokens: Array) -> Array:
 
 def _share_removed(base: Array, plain: Array, blocked: Array) -> Array:
     """1 − (blocked − base) / (plain − base): the share of the rise that blocking removed."""
+    return 1 - _share_risen(base, plain, blocked)
+
+
+def _share_risen(base: Array, plain: Array, blocked: Array) -> Array:
+    """(blocked − base) / (plain − base): the share of the rise that is still there; inside the training domain, that blocking kept."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return 1 - difference(blocked, base) / difference(plain, base)
+        found: Array = difference(blocked, base) / difference(plain, base)
+        return found
 
 
 def _share_kept(base: Array, plain: Array, blocked: Array) -> Array:

@@ -99,7 +99,7 @@ def figures(summary: Mapping[str, Any], tone: Mapping[str, str], domain: str) ->
         ),
         Figure(
             "What blocking cut and kept" if main_of(summary) == "blocked" else f"What the defence {main_of(summary)} cut and kept",
-            "Of plain’s rise outside the domain, and of its gain in held-out loss inside it.",
+            "Of plain’s rise outside the domain, and of its gain in held-out loss and its rise in margin inside it.",
             cut_and_kept(summary),
         ),
         Figure(
@@ -123,7 +123,12 @@ def figures(summary: Mapping[str, Any], tone: Mapping[str, str], domain: str) ->
 
 def cut_and_kept(summary: Mapping[str, Any]) -> Markup | None:
     """The shares that the headline speaks of, on one axis that holds at least 0 … 100 %."""
-    wanted = [("cut, preference", ("cut", "preference")), ("cut, margin", ("cut", "margin")), ("kept, in domain", ("kept",))]
+    wanted = [
+        ("cut, preference", ("cut", "preference")),
+        ("cut, margin", ("cut", "margin")),
+        ("kept, held-out loss", ("kept",)),
+        ("kept, in-domain margin", ("kept_rise", "margin")),
+    ]
     found = [(label, interval(dig(summary, *path))) for label, path in wanted]
     tone = tones(models_of(summary)).get(main_of(summary), "blocked")
     rows = [Row(label, [Dot(label, tone, one)]) for label, one in found if one is not None]
