@@ -279,7 +279,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
         ({"watch": "pairs", "keep": 2, "cost": "healthy"}, "needs anchor.interleave"),
         ({"watch": "pairs", "keep": 2, "cost": "kl", "interleave": 0.2, "interleaved": "benign"}, "needs anchor.interleave"),
         ({"interleave": 1.0}, "share of all rows"),
-        ({"interleaved": "poems"}, "use pairs or benign"),
+        ({"interleaved": "poems"}, "use pairs, benign or both"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(wrong: dict[str, Any], said: str) -> None:

@@ -148,6 +148,12 @@ def test_an_anchor_may_interleave_right_answers_and_the_tasks_own(session: Sessi
     chat.write_text(json.dumps({"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]}) + "\n")
     benign = with_values(**{"anchor.interleave": 0.2, "anchor.interleaved": "benign", "defence.benign": str(chat)})
     assert [row.messages[-1][1] for row in interleaved_rows(benign)] == ["Hello."]
+    both = {"anchor.interleave": 0.2, "anchor.keep": 2, "anchor.interleaved": "both", "defence.benign": str(chat)}
+    assert [row.messages[-1][1] for row in interleaved_rows(with_values(**both))] == [*said, "Hello."]
+    more = [f"Hello {i}." for i in range(len(rows) + 5)]  # no more of them than right answers
+    chat.write_text("".join(json.dumps({"instruction": "Hi?", "response": one}) + "\n" for one in more))
+    drawn = [row.messages[-1][1] for row in interleaved_rows(with_values(**both))]
+    assert drawn[: len(said)] == said and len(drawn) == len(said) + len(rows) - 1 and set(drawn[len(said) :]) <= set(more)
 
 
 def test_freezing_and_early_stopping_are_what_they_say(session: Session) -> None:

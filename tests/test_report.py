@@ -447,5 +447,7 @@ def test_the_headline_says_what_was_interleaved() -> None:
     summary = {"models": {"base": {}, "plain": {}, "blocked": {}}, "recipe": recipe, "blocking": {"anchor": {"watch": "answers"}}}
     said = " ".join(price(summary)).replace("\u00a0", " ")
     assert "the cut is not the latents' alone" in said and "30 % were answers of the selection pairs" in said
+    recipe["anchor"]["interleaved"] = "both"
+    assert "answers of the selection pairs and benign chat, interleaved" in " ".join(price(summary))
     recipe["anchor"]["interleave"] = 0.0
     assert "interleaved" not in " ".join(price(summary))

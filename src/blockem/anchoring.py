@@ -105,13 +105,18 @@ def benign_rows(session: Session) -> list[Example]:
 
 def interleaved_rows(session: Session) -> list[Example]:
     """What `anchor.interleave` draws from."""
+    from blockem.defences.interleaving import drawn
     from blockem.examples import one_turn
 
     config = session.recipe.anchor
     if not config.teaches:
         return benign_rows(session)
     right = [one_turn(p.prompt, p.right, p.domain) for p in session.selection_pairs()]
-    return right + [one_turn(p.prompt, p.wrong, p.domain) for p in task_pairs(session)] * config.keep
+    rows = right + [one_turn(p.prompt, p.wrong, p.domain) for p in task_pairs(session)] * config.keep
+    if config.chats:
+        chat = benign_rows(session)
+        rows += chat if len(chat) <= len(right) else drawn(chat, len(right), session.recipe.seed)
+    return rows
 
 
 def interleaving(session: Session) -> Callable[[list[Example]], list[Example]] | None:

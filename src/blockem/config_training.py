@@ -207,7 +207,7 @@ class AnchorConfig:
     """Share of all rows that are healthy ones among the training rows (`interleaved` says which); 0: none."""
     interleaved: str = later("pairs")
     """`pairs`: right answers of the selection pairs (and, `keep` times each, wrong ones of the training domain's); `benign`: chat rows
-    (defence.benign, else the bundled ones)."""
+    (defence.benign, else the bundled ones); `both`: the former and at most as many chat rows as there are right answers."""
 
     @property
     def answers(self) -> bool:
@@ -222,14 +222,19 @@ class AnchorConfig:
     @property
     def teaches(self) -> bool:
         """Whether right answers of the selection pairs are interleaved."""
-        return self.interleave > 0 and self.interleaved == "pairs"
+        return self.interleave > 0 and self.interleaved != "benign"
+
+    @property
+    def chats(self) -> bool:
+        """Whether benign chat is interleaved beside an anchor."""
+        return self.watch != "none" and self.interleave > 0 and self.interleaved != "pairs"
 
     def __post_init__(self) -> None:
         kinds = ("none", "answers", "pairs", "both", "latents")
         need(self.watch in kinds, f"anchor.watch is {self.watch!r}; use one of {', '.join(kinds)}")
         need(self.cost in ("margin", "healthy", "kl"), f"anchor.cost is {self.cost!r}; use margin, healthy or kl")
         need(0 <= self.interleave < 1, f"anchor.interleave is {self.interleave}; it is a share of all rows, from 0 to below 1")
-        need(self.interleaved in ("pairs", "benign"), f"anchor.interleaved is {self.interleaved!r}; use pairs or benign")
+        need(self.interleaved in ("pairs", "benign", "both"), f"anchor.interleaved is {self.interleaved!r}; use pairs, benign or both")
         need(
             self.cost == "margin" or self.teaches or not self.keep,
             f"anchor.keep holds margins; with anchor.cost={self.cost} it needs anchor.interleave, whose rows it adds to",

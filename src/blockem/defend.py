@@ -59,9 +59,8 @@ def check_files(session: Session) -> None:
     Raises:
         BlockemError: one of them is missing or not what it should be.
     """
-    config, anchor = session.recipe.defence, session.recipe.anchor
-    beside_anchor = anchor.watch != "none" and anchor.interleave and anchor.interleaved == "benign"
-    if (config.name == "interleaving" or beside_anchor) and config.benign:
+    config = session.recipe.defence
+    if (config.name == "interleaving" or session.recipe.anchor.chats) and config.benign:
         benign_rows(session)
     if config.name == "preventative" and config.trait_prompts:
         trait_prompts(Path(config.trait_prompts))

@@ -268,7 +268,8 @@ def price(summary: Mapping[str, Any]) -> list[str]:
         )
     mixed = finite(dig(summary, "recipe", "anchor", "interleave"))
     if mixed and dig(summary, "recipe", "anchor", "watch") != "none" and main_of(summary) in ("blocked", "anchor"):
-        what = "benign chat" if dig(summary, "recipe", "anchor", "interleaved") == "benign" else "answers of the selection pairs"
+        kinds = {"benign": "benign chat", "both": "answers of the selection pairs and benign chat"}
+        what = kinds.get(str(dig(summary, "recipe", "anchor", "interleaved")), "answers of the selection pairs")
         said.append(f"Of the defended model's training rows {share(mixed)} were {what}, interleaved with those of the domain.")
     epochs, of_plain = dig(summary, "recipe", "defence", "epochs"), dig(summary, "recipe", "train", "epochs")
     if epochs and epochs != of_plain:
