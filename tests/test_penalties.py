@@ -15,7 +15,7 @@ from blockem.defences.kl import KL
 from blockem.defences.ldifs import LDIFS, distance, watched_blocks
 from blockem.examples import IGNORED, right_padded
 from blockem.forwards import decoder, unwrapped
-from blockem.head import divergence
+from blockem.head import divergence, next_logits
 from blockem.model import LanguageModel
 from blockem.training import add_lora, fine_tune
 
@@ -89,18 +89,25 @@ def test_the_penalty_and_its_gradient_are_those_of_the_formula(model: Any, batch
     assert defence.logs() == {"lambda": 0.3}
 
 
-def test_the_divergence_does_not_depend_on_the_slices(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("forward", [False, True])
+def test_the_divergence_is_torchs_own_and_does_not_depend_on_the_slices(model: Any, forward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     hidden, base = torch.randn(2, 11, tiny.D_MODEL)
     found = {}
     for chunk in (256, 4):
         monkeypatch.setattr("blockem.head.CHUNK", chunk)
         own = hidden.clone().requires_grad_()
-        value = divergence(model, own, base)
+        value = divergence(model, own, base, forward)
         (2 * value).backward()
         found[chunk] = (value.item(), own.grad)
-    assert found[4][0] == pytest.approx(found[256][0], rel=1e-5)
-    assert torch.allclose(found[4][1], found[256][1], atol=1e-5)
+    own = hidden.clone().requires_grad_()
+    log_p, log_q = (next_logits(model, one).float().log_softmax(-1) for one in (own, base))
+    pair = (log_p, log_q) if forward else (log_q, log_p)  # torch's own takes what it is measured against first
+    whole = torch.nn.functional.kl_div(*pair, reduction="sum", log_target=True)
+    (2 * whole).backward()
+    for value, gradient in found.values():
+        assert value == pytest.approx(whole.item(), rel=1e-5)
+        assert torch.allclose(gradient, own.grad, atol=1e-5)
     with pytest.raises(ValueError, match="do not match"):
         divergence(model, hidden, base[:3])
 

@@ -169,7 +169,7 @@ def make_anchor(session: Session, adapter: Path, name: str, delta_sft: float, bl
         lambda_, ascent = _strength(config, delta_sft, reference)
         anchor: Anchor = LatentAnchor(rows, blocker, pad, lambda_, config.share, reference, ascent)
     else:
-        make = _divergence_anchor if config.cost == "kl" else _contrast_anchor
+        make = _divergence_anchor if config.cost in ("kl", "forward-kl") else _contrast_anchor
         anchor = make(session, name, delta_sft)
     facts = {"watch": config.watch, "n": anchor.n, "lambda": anchor.lambda_, "reference": anchor.reference, "share": config.share}
     session.console.say(f"  anchor: λ = {anchor.lambda_:.4g} on {anchor.n} {'texts' if config.watch == 'latents' else 'contrasts'}")
@@ -215,7 +215,7 @@ def _divergence_anchor(session: Session, name: str, delta_sft: float) -> Anchor:
     from blockem.likelihood import encode_pairs
 
     lm, config = session.lm, session.recipe.anchor
-    pad = lm.tokenizer.pad_token_id
+    pad, forward = lm.tokenizer.pad_token_id, config.cost == "forward-kl"
     session.console.start("anchor: answers")
     rows: list[Encoded] = []
     scales: list[Tensor] = []
@@ -224,7 +224,7 @@ def _divergence_anchor(session: Session, name: str, delta_sft: float) -> Anchor:
         encoded = encode_pairs(lm, kind, session.recipe.data.max_tokens)
         chosen = range(0, len(kind), math.ceil(len(kind) / SAMPLED))
         sample = [row for i in chosen for row in encoded[2 * i : 2 * i + 2]]
-        measure = DivergenceAnchor(sample, pad, 1.0, 1.0)
+        measure = DivergenceAnchor(sample, pad, 1.0, 1.0, forward=forward)
         with torch.no_grad(), lm.variant("plain"):
             paid = float(torch.cat([measure.costs(range(i, min(i + 16, len(sample))), lm.model) for i in range(0, len(sample), 16)]).mean())
         if not paid > 0:
@@ -234,7 +234,7 @@ def _divergence_anchor(session: Session, name: str, delta_sft: float) -> Anchor:
         session.console.bar(number + 1, len(kinds))
     lm.drop_adapters()
     lambda_, ascent = _strength(config, delta_sft, 1.0)
-    return DivergenceAnchor(rows, pad, lambda_, config.share, 1.0, ascent, torch.cat(scales))
+    return DivergenceAnchor(rows, pad, lambda_, config.share, 1.0, ascent, torch.cat(scales), forward)
 
 
 def _contrast_anchor(session: Session, name: str, delta_sft: float) -> Anchor:

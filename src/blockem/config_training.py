@@ -190,7 +190,8 @@ class AnchorConfig:
     `latents`: the blocked latents on benign chat."""
     cost: str = "margin"
     """Of answers and pairs: `margin`, the sick one may not gain on the healthy one; `healthy`, the healthy one may not become less likely
-    than it is to the base (half the work, and nothing is pushed away); `kl`, what may follow at each token of both stays as in the base."""
+    than it is to the base (half the work, and nothing is pushed away); `kl`, what may follow at each token of both stays as in the base, by
+    KL(p ‖ p_base); `forward-kl`, the same by KL(p_base ‖ p), which leaves fewer answers that loop."""
     share: float = 0.25
     """Share of the training rows that bring an anchor with them."""
     lambda_: float | None = None
@@ -232,7 +233,8 @@ class AnchorConfig:
     def __post_init__(self) -> None:
         kinds = ("none", "answers", "pairs", "both", "latents")
         need(self.watch in kinds, f"anchor.watch is {self.watch!r}; use one of {', '.join(kinds)}")
-        need(self.cost in ("margin", "healthy", "kl"), f"anchor.cost is {self.cost!r}; use margin, healthy or kl")
+        costs = ("margin", "healthy", "kl", "forward-kl")
+        need(self.cost in costs, f"anchor.cost is {self.cost!r}; use one of {', '.join(costs)}")
         need(0 <= self.interleave < 1, f"anchor.interleave is {self.interleave}; it is a share of all rows, from 0 to below 1")
         need(self.interleaved in ("pairs", "benign", "both"), f"anchor.interleaved is {self.interleaved!r}; use pairs, benign or both")
         need(

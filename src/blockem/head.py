@@ -84,10 +84,10 @@ def token_logprobs(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 class _Divergence(torch.autograd.Function):
-    """Σ_i KL(softmax(head(h_i)) ‖ softmax(head(b_i))), a slice of positions at a time, with d/dh computed on the spot."""
+    """Σ_i KL(softmax(head(h_i)) ‖ softmax(head(b_i))), or the other way round, a slice at a time, with d/dh computed on the spot."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, base: Tensor, model: nn.Module) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, base: Tensor, model: nn.Module, turned: bool) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.zeros_like(hidden)
         for start in range(0, len(hidden), CHUNK):
@@ -97,28 +97,29 @@ class _Divergence(torch.autograd.Function):
                 log_p = next_logits(model, own).float().log_softmax(dim=-1)
                 with torch.no_grad():
                     log_q = next_logits(model, base[piece]).float().log_softmax(dim=-1)
-                found = (log_p.exp() * (log_p - log_q)).sum()
+                found = (log_q.exp() * (log_q - log_p) if turned else log_p.exp() * (log_p - log_q)).sum()
                 (gradient[piece],) = torch.autograd.grad(found, own)
             total += found.detach()
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None
+        return gradient * grads[0].to(gradient.dtype), None, None, None
 
 
-def divergence(model: nn.Module, hidden: Tensor, base: Tensor) -> Tensor:
+def divergence(model: nn.Module, hidden: Tensor, base: Tensor, forward: bool = False) -> Tensor:
     """KL(p_θ ‖ p_base) summed over positions, float32, nats; never holds the logits of more than a slice of them.
 
     Args:
         model: its frozen output head is used.
         hidden, base: final hidden states `[tokens, d_model]`, after the last norm, of the trained and of the base model.
+        forward: KL(p_base ‖ p_θ) instead.
     """
     if hidden.shape != base.shape:
         raise ValueError(f"hidden {tuple(hidden.shape)} and base {tuple(base.shape)} do not match")
-    found: Tensor = _Divergence.apply(hidden, base, model)
+    found: Tensor = _Divergence.apply(hidden, base, model, forward)
     return found
 
 

@@ -6,7 +6,8 @@ Blocked latents are read on the training answers, so whatever changes elsewhere 
 * `ContrastAnchor`: a healthy and a sick answer to the same general prompt (the base's own and the misaligned fine-tune's own, or a matched
   pair):  c(θ) = mean over contrasts of relu(m_θ − m_base)²,  m = log p(sick) − log p(healthy), nats per token
 * `HealthyAnchor`: the healthy answer alone:  c(θ) = mean of relu(log p_base(healthy) − log p_θ(healthy))²
-* `DivergenceAnchor`: any of these answers:  c(θ) = mean over its tokens of KL(p_θ(· | x_<t) ‖ p_base(· | x_<t)), two-sided
+* `DivergenceAnchor`: any of these answers:  c(θ) = mean over its tokens of KL(p_θ(· | x_<t) ‖ p_base(· | x_<t)), two-sided, or
+  forward, KL(p_base ‖ p_θ), which keeps the base's variety as well (the former rewards certainty, and with it loops)
 
 All are zero at LoRA initialisation (but for pairs of the task, which is not learnt yet). All but the last push only where the model moves
 past the base in the misaligned direction.
@@ -168,6 +169,7 @@ class DivergenceAnchor(Anchor):
         rows: answers.
         pad: id of the padding token.
         scales: `[rows]`, by which each one's cost is multiplied; None: 1 everywhere.
+        forward: KL(p_base ‖ p_θ) in place of KL(p_θ ‖ p_base).
         others: as `Anchor`.
     """
 
@@ -180,9 +182,10 @@ class DivergenceAnchor(Anchor):
         reference: float = 0.0,
         ascent: DualAscent | None = None,
         scales: Tensor | None = None,
+        forward: bool = False,
     ) -> None:
         super().__init__(len(rows), lambda_, share, reference, ascent)
-        self.rows, self.pad = list(rows), pad
+        self.rows, self.pad, self.forward = list(rows), pad, forward
         self.scales = torch.ones(len(rows)) if scales is None else scales
         self._base: dict[int, Tensor] = {}
 
@@ -192,7 +195,7 @@ class DivergenceAnchor(Anchor):
                 with torch.no_grad(), base_weights(model):
                     self._base[i] = final_states(model, [self.rows[i]], self.pad)[0].clone()
         found = final_states(model, [self.rows[i] for i in chosen], self.pad)
-        means = [divergence(model, own, self._base[i]) / len(own) for own, i in zip(found, chosen, strict=True)]
+        means = [divergence(model, own, self._base[i], self.forward) / len(own) for own, i in zip(found, chosen, strict=True)]
         return torch.stack(means) * self.scales[list(chosen)].to(found[0].device)
 
 
