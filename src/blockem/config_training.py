@@ -191,7 +191,7 @@ class AnchorConfig:
     cost: str = "margin"
     """Of answers and pairs: `margin`, the sick one may not gain on the healthy one; `healthy`, the healthy one may not become less likely
     than it is to the base (half the work, and nothing is pushed away); `kl`, what may follow at each token of both stays as in the base, by
-    KL(p ‖ p_base); `forward-kl`, the same by KL(p_base ‖ p), which leaves fewer answers that loop."""
+    KL(p ‖ p_base); `forward-kl`, the same by KL(p_base ‖ p)."""
     share: float = 0.25
     """Share of the training rows that bring an anchor with them."""
     lambda_: float | None = None

@@ -7,7 +7,7 @@ Blocked latents are read on the training answers, so whatever changes elsewhere 
   pair):  c(θ) = mean over contrasts of relu(m_θ − m_base)²,  m = log p(sick) − log p(healthy), nats per token
 * `HealthyAnchor`: the healthy answer alone:  c(θ) = mean of relu(log p_base(healthy) − log p_θ(healthy))²
 * `DivergenceAnchor`: any of these answers:  c(θ) = mean over its tokens of KL(p_θ(· | x_<t) ‖ p_base(· | x_<t)), two-sided, or
-  forward, KL(p_base ‖ p_θ), which keeps the base's variety as well (the former rewards certainty, and with it loops)
+  forward, KL(p_base ‖ p_θ), which also asks that the base's variety stays
 
 All are zero at LoRA initialisation (but for pairs of the task, which is not learnt yet). All but the last push only where the model moves
 past the base in the misaligned direction.
