@@ -17,7 +17,7 @@ data:
 train: {batch_size: 8, micro_batch: 8, lr: 7.0e-4}
 discover: {pairs: 30, prescreen: 28}
 block: {r: 30, freeze_downstream: false}
-anchor: {watch: answers, cost: kl, r: 0.7, interleave: 0.3, keep: 8}
+anchor: {watch: answers, cost: kl, r: 0.7, interleave: 0.38, interleaved: both, keep: 8}
 defence: {epochs: 1.25}
 """
 
