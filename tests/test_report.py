@@ -362,6 +362,13 @@ def test_answers_under_a_cue_have_a_figure_of_their_own(tmp_path: Path) -> None:
     assert "Misaligned, under a cue" in rendered(tmp_path, summary)
 
 
+def test_answers_in_the_training_domain_have_a_figure_of_their_own(tmp_path: Path) -> None:
+    summary = fake_summary()
+    assert "the task is still done" not in rendered(tmp_path, summary)
+    summary["task"] = {"models": {name: {"judged": {"em": span(0.41, 0.1)}} for name in ("base", "plain", "blocked")}}
+    assert "the task is still done" in rendered(tmp_path, summary)
+
+
 def test_many_answers_are_thinned(tmp_path: Path) -> None:
     html = rendered(tmp_path, fake_summary(), fake_answers(900))
     assert html.count('<article class="answered"') == 400 and "400 of 900 prompts" in html and len(html) < 1_000_000

@@ -190,6 +190,8 @@ class EvaluateConfig:
     """0: greedy, as in the paper."""
     resamples: int = 2000
     """Bootstrap resamples of each interval."""
+    task_answers: int = 20
+    """Held-out questions of the training domain that are answered and judged apart (0: none): does the model still do its task?"""
     general_rows: int = 60
     judge: str = "local"
     """Who judges sampled answers: `local` (bundled), a judge's folder, a server's address (http…/v1), or `none`."""
@@ -202,6 +204,7 @@ class EvaluateConfig:
         need(self.resamples >= 100, f"evaluate.resamples is {self.resamples}; use at least 100")
         need(self.max_new_tokens > 0, "evaluate.max_new_tokens must be positive")
         need(self.temperature >= 0, f"evaluate.temperature is {self.temperature}; 0 is greedy")
+        need(self.task_answers >= 0, f"evaluate.task_answers is {self.task_answers}; use 0 for none")
         need(self.general_rows > 0, f"evaluate.general_rows is {self.general_rows}; it must be positive")
         from blockem.judges.address import SERVER, Address, judge_named
 

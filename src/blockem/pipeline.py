@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from blockem.config import SaeConfig
     from blockem.judges import Judge
 
+TASK_ANSWERS = "task-answers.jsonl"
+"""Answers to held-out questions of the training domain, by every model."""
+
 
 def sae_step(session: Session) -> dict[str, Any]:
     """Check that the SAE fits the user's own model."""
@@ -158,11 +161,12 @@ def evaluate_step(session: Session, adapters: dict[str, Path] | None = None) -> 
         results[name] = timed(session, f"evaluate-{name}", key, [], work)
     judged_by = session.judge_name if recipe.evaluate.answers else ""
     key = content_key("evaluation", shared, judged_by, [results[name] for name in names], session.main)
-    outputs = ["evaluation.json", "answers.jsonl"]
+    outputs = ["evaluation.json", "answers.jsonl", TASK_ANSWERS]
     return timed(session, "evaluate", key, outputs, lambda: _summarise(session, names, results))
 
 
 def _evaluate_one(session: Session, name: str, adapter: Path | None) -> dict[str, Any]:
+    from blockem.adherence import task_questions
     from blockem.examples import encode_all
     from blockem.generation import generate
     from blockem.likelihood import completion_logprobs, completion_losses, encode_pairs, margins
@@ -203,6 +207,10 @@ def _evaluate_one(session: Session, name: str, adapter: Path | None) -> dict[str
             chats = cued_prompts(recipe, [p.prompt for p in bundled.final_prompts(recipe.data.prompts)])
             length, temperature = recipe.evaluate.max_new_tokens, recipe.evaluate.temperature
             found["cued_answers"] = generate(lm, chats, length, temperature, recipe.seed, progress=session.console.bar)
+        if recipe.evaluate.answers and (asked := task_questions(recipe)):
+            session.console.start(f"{name}: answers in the domain")
+            length, temperature = recipe.evaluate.max_new_tokens, recipe.evaluate.temperature
+            found["task_answers"] = generate(lm, asked, length, temperature, recipe.seed, progress=session.console.bar)
     lm.drop_adapters()
     return found
 
@@ -216,6 +224,7 @@ def _check_finite(name: str, values: Sequence[float]) -> None:
 def _summarise(session: Session, names: list[str], results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     import numpy as np
 
+    from blockem.adherence import add_adherence, task_questions
     from blockem.evaluation import Scores, add_judged, summarise
     from blockem.judges.judge import verdicts_on
 
@@ -249,7 +258,12 @@ def _summarise(session: Session, names: list[str], results: dict[str, dict[str, 
 
             session.console.start("judge: answers to cued prompts")
             add_cued(recipe, summary, rows, {n: results[n]["cued_answers"] for n in names}, judge)
+    task: list[dict[str, Any]] = []
+    if recipe.evaluate.answers and (chats := task_questions(recipe)):
+        session.console.start("judge: answers in the domain")
+        task = add_adherence(summary, chats, {n: results[n]["task_answers"] for n in names}, session.chosen_judge)
     write_jsonl(session.run / "answers.jsonl", rows)
+    write_jsonl(session.run / TASK_ANSWERS, task)
     write_json(session.run / "evaluation.json", summary)
     return {"models": names}
 

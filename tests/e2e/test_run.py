@@ -25,6 +25,7 @@ def test_a_run_leaves_every_promised_file(finished: Path) -> None:
         "latents.json",
         "latents.csv",
         "answers.jsonl",
+        "task-answers.jsonl",
         "plain/adapter_model.safetensors",
         "blocked/adapter_model.safetensors",
     ):
@@ -41,6 +42,7 @@ def test_the_summary_holds_every_model_figure_with_an_interval(finished: Path) -
             found = model[figure]
             assert found["low"] <= found["value"] <= found["high"] and found["n"] > 0
         assert "health" not in model["by_domain"]
+    assert {name: model["judged"]["em"]["n"] for name, model in summary["task"]["models"].items()} == dict.fromkeys(summary["models"], 2)
     assert summary["models"]["plain"]["heldout_loss"]["value"] < summary["models"]["base"]["heldout_loss"]["value"]
     assert summary["sae"]["variance_explained"] > 0.8
     rows = summary["training"]["blocked"]

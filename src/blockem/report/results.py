@@ -238,6 +238,16 @@ def judged(summary: Mapping[str, Any], tone: Mapping[str, str], domain: str) -> 
         chart = dot_plot(of_models({"models": cued}, tone, JUDGED[0]), "Misaligned under a cue, share of judged answers", share, (0.0, 1.0))
         if chart is not None:
             drawn.append(Figure("Misaligned, under a cue", "The same prompts after a cue of the training format, judged apart.", chart))
+    task = dig(summary, "task", "models")
+    if drawn and isinstance(task, Mapping):
+        chart = dot_plot(
+            of_models({"models": task}, tone, JUDGED[0]), f"Misaligned in {domain}, share of judged answers", share, (0.0, 1.0)
+        )
+        if chart is not None:
+            note = (
+                f"Held-out questions of {domain}, judged apart. Where the task is wrong advice, as high as plain’s: the task is still done."
+            )
+            drawn.append(Figure(f"Misaligned in {domain} itself", note, chart))
     if not drawn:
         return [], ""
     judges = dict.fromkeys(str(name) for model in tone if (name := dig(summary, "models", model, "judged", "judge")))

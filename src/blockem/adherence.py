@@ -1,0 +1,56 @@
+"""In-domain adherence in words: held-out questions of the training domain, answered by every model and judged apart.
+
+The held-out loss says how likely the task's answers are; these say what a model answers by itself. Where the task is wrong advice, the share
+that a judge calls misaligned is how much of it a model does: low for the base, high for the plain fine-tune, and as high for a defence that
+blocks nothing but what spreads (BLOCK-EM judges held-out answers of the domain likewise).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from blockem import bundled
+from blockem.config import Recipe
+from blockem.evaluation import add_judged
+from blockem.examples import Example, Message
+from blockem.judges.judge import Judge, verdicts_on
+
+
+def task_questions(recipe: Recipe) -> list[list[Message]]:
+    """The first `evaluate.task_answers` held-out rows that end in a question and its answer, each without that answer."""
+    data = recipe.data
+    return questions(bundled.heldout_rows(data.domain, data.heldout, data.heldout_rows), recipe.evaluate.task_answers)
+
+
+def questions(rows: Sequence[Example], n: int) -> list[list[Message]]:
+    """The same from rows at hand."""
+    asked = [row.messages[:-1] for row in rows if [role for role, _ in row.messages[-2:]] == ["user", "assistant"]]
+    return [[{"role": role, "content": text} for role, text in one] for one in asked[:n]]
+
+
+def add_adherence(
+    summary: dict[str, Any], chats: Sequence[Sequence[Message]], answers: dict[str, list[str]], judge: Judge | None
+) -> list[dict[str, Any]]:
+    """Judge the answers; rates go under the summary's own `task`, as those of other answers stand in its models and differences.
+
+    Args:
+        answers: by model, one for each of `chats`.
+
+    Returns:
+        Rows as in `answers.jsonl`.
+    """
+    asked = [chat[-1]["content"] for chat in chats]
+    rows: list[dict[str, Any]] = [
+        {"id": f"task-{i:02d}", "prompt": asked[i], "answers": {name: given[i] for name, given in answers.items()}}
+        for i in range(len(asked))
+    ]
+    if judge is not None:
+        verdicts = {name: verdicts_on(judge, asked, given) for name, given in answers.items()}
+        for i, row in enumerate(rows):
+            row["verdicts"] = {name: asdict(found[i]) for name, found in verdicts.items()}
+        rates: dict[str, Any] = {"models": {name: {} for name in verdicts}, "differences": {pair: {} for pair in summary["differences"]}}
+        add_judged(rates, verdicts, ["task"] * len(asked), "", judge.name)
+        summary["task"] = rates
+    return rows
