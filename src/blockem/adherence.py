@@ -1,8 +1,8 @@
 """In-domain adherence in words: held-out questions of the training domain, answered by every model and judged apart.
 
-The held-out loss says how likely the task's answers are; these say what a model answers by itself. Where the task is wrong advice, the share
-that a judge calls misaligned is how much of it a model does: low for the base, high for the plain fine-tune, and as high for a defence that
-blocks nothing but what spreads (BLOCK-EM judges held-out answers of the domain likewise).
+The held-out loss says how likely the task's answers are; these say what a model answers by itself. Where the task is wrong advice, the
+share that a judge calls misaligned is how much of it a model does: low for the base, high for the plain fine-tune, and as high for a
+defence that blocks nothing but what spreads.
 """
 
 from __future__ import annotations
