@@ -151,6 +151,7 @@ def test_a_wrong_recipe_is_one_sentence_that_names_the_field(tmp_path: Path, tex
         ({"discover.max_new_tokens": 0}, "discover.max_new_tokens is 0; it must be positive"),
         ({"block.r": -5}, "block.r is -5.0; it must be positive"),
         ({"block.rule_rows": 0}, "block.rule_rows is 0; it must be positive"),
+        ({"evaluate.judge_reply_tokens": 0}, "evaluate.judge_reply_tokens is 0; it must be positive"),
         ({"evaluate.task_answers": -1}, "evaluate.task_answers is -1; use 0 for none"),
         ({"evaluate.general_rows": 0}, "evaluate.general_rows is 0; it must be positive"),
     ],

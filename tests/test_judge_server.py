@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 from fault_server import FAULTS, differing, labelled, serving, wanted
 
+from blockem.config import Recipe
 from blockem.errors import BlockemError
 from blockem.judges.address import judge_named
+from blockem.judges.choose import open_judge
 from blockem.judges.judge import Verdict, from_label, from_scores
 from blockem.judges.server import ServerJudge
+from blockem.pipeline import open_session
 
 KEY = "sk-very-secret-0123456789"
 QUICK: dict[str, Any] = {"backoff": 0.002, "timeout": 5, "api_key_env": "TEST_JUDGE_KEY"}
@@ -42,6 +45,16 @@ def test_each_answer_gets_its_verdict_and_a_rerun_asks_nothing(tmp_path: Path) -
         assert again.judge(prompts, answers) == right
         assert len(server.seen) == 30 and again.usage.cache_hits == 30 and again.usage.requests == 0
         assert {body["temperature"] for body in server.seen} == {0.0} and {body["max_tokens"] for body in server.seen} == {16}
+
+
+def test_a_model_that_thinks_first_may_be_given_a_longer_reply(tmp_path: Path) -> None:
+    with serving() as server:
+        judge = open_judge(server.url, "m", reply_tokens=2000)
+        assert judge is not None and judge.judge(["q"], ["want=4"])[0].label == "4"
+        changes = {"evaluate.judge": server.url, "evaluate.judge_model": "m", "evaluate.judge_reply_tokens": 3000}
+        of_run = open_session(Recipe().with_values(changes), tmp_path, quiet=True).chosen_judge
+        assert of_run is not None and of_run.judge(["q"], ["want=5"])[0].label == "5"
+        assert [body["max_tokens"] for body in server.seen] == [2000, 3000]
 
 
 def test_equal_pairs_are_asked_once(tmp_path: Path) -> None:

@@ -197,6 +197,8 @@ class EvaluateConfig:
     """Who judges sampled answers: `local` (bundled), a judge's folder, a server's address (http…/v1), or `none`."""
     judge_model: str | None = None
     """The model that a server shall judge with."""
+    judge_reply_tokens: int = 16
+    """Longest reply of that model; one that thinks before it answers needs a few thousand."""
     cue: str = "none"
     """`training`: sample answers a second time, to the final prompts with a cue of the training format before them."""
 
@@ -204,6 +206,7 @@ class EvaluateConfig:
         need(self.resamples >= 100, f"evaluate.resamples is {self.resamples}; use at least 100")
         need(self.max_new_tokens > 0, "evaluate.max_new_tokens must be positive")
         need(self.temperature >= 0, f"evaluate.temperature is {self.temperature}; 0 is greedy")
+        need(self.judge_reply_tokens > 0, f"evaluate.judge_reply_tokens is {self.judge_reply_tokens}; it must be positive")
         need(self.task_answers >= 0, f"evaluate.task_answers is {self.task_answers}; use 0 for none")
         need(self.general_rows > 0, f"evaluate.general_rows is {self.general_rows}; it must be positive")
         from blockem.judges.address import SERVER, Address, judge_named

@@ -35,6 +35,7 @@ Cache = Annotated[
 MaxRequests = Annotated[int | None, typer.Option(min=0, help="Server: send at most so many requests.")]
 MaxTokens = Annotated[int | None, typer.Option(min=0, help="Server: stop after so many tokens, in and out, as it reports them.")]
 Concurrency = Annotated[int, typer.Option(min=1, help="Server: so many requests at a time.")]
+ReplyTokens = Annotated[int, typer.Option(min=1, help="Server: longest reply of the model; one that thinks first needs a few thousand.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Server: print how many requests and tokens it would take, and ask nothing.")]
 
 
@@ -119,6 +120,7 @@ def bench(
     max_requests: MaxRequests = None,
     max_tokens: MaxTokens = None,
     concurrency: Concurrency = 8,
+    reply_tokens: ReplyTokens = 16,
     dry_run: DryRun = False,
     plot: Annotated[Path | None, typer.Option(help="SVG file to draw the calibration in.")] = None,
     as_json: AsJson = False,
@@ -138,7 +140,7 @@ def bench(
     if not rows:
         raise BlockemError(f"{file} holds no row of split {split!r}; leave --split out")
     console = Console(quiet)
-    chosen = _judge(judge, judge_model, protocol, rubric, cache, max_requests, max_tokens, concurrency, console)
+    chosen = _judge(judge, judge_model, protocol, rubric, cache, max_requests, max_tokens, concurrency, reply_tokens, console)
     questions, answers = [row.question for row in rows], [row.answer for row in rows]
     if dry_run:
         _estimate(chosen, questions, answers)
@@ -165,6 +167,7 @@ def label(
     max_requests: MaxRequests = None,
     max_tokens: MaxTokens = None,
     concurrency: Concurrency = 8,
+    reply_tokens: ReplyTokens = 16,
     dry_run: DryRun = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -184,7 +187,7 @@ def label(
             raise BlockemError(f'{where}: a row to label needs text in "prompt" and "answer"')
     console = Console(quiet)
     kept = cache or out.with_name(f"{out.name}.verdicts.sqlite")
-    chosen = _judge(judge, judge_model, protocol, rubric, kept, max_requests, max_tokens, concurrency, console)
+    chosen = _judge(judge, judge_model, protocol, rubric, kept, max_requests, max_tokens, concurrency, reply_tokens, console)
     prompts, answers = [str(p) for p, _ in texts], [str(a) for _, a in texts]
     if dry_run:
         _estimate(chosen, prompts, answers)
@@ -215,13 +218,15 @@ def _judge(
     max_requests: int | None,
     max_tokens: int | None,
     concurrency: int,
+    reply_tokens: int,
     console: Console,
 ) -> Judge:
     """The judge that a command line names."""
     from blockem.judges.address import judge_named
     from blockem.judges.choose import open_judge
 
-    found = open_judge(judge_named(name, "--judge"), model, protocol, rubric, cache, max_requests, max_tokens, concurrency, console.bar)
+    address = judge_named(name, "--judge")
+    found = open_judge(address, model, protocol, rubric, cache, max_requests, max_tokens, concurrency, console.bar, reply_tokens)
     if found is None:
         raise BlockemError("--judge none judges nothing; use local, a judge's folder, or a server's address")
     return found

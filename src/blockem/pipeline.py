@@ -142,7 +142,7 @@ def evaluate_step(session: Session, adapters: dict[str, Path] | None = None) -> 
     data = recipe.data
     shared = content_key(  # who judges is not in it: another judge judges the same answers
         session.model_key,
-        {name: value for name, value in asdict(recipe.evaluate).items() if name not in ("judge", "judge_model")},
+        {name: value for name, value in asdict(recipe.evaluate).items() if not name.startswith("judge")},
         data.domain,
         data.max_tokens,
         data.heldout_rows,
@@ -159,7 +159,7 @@ def evaluate_step(session: Session, adapters: dict[str, Path] | None = None) -> 
         key = content_key("evaluate", shared, name, adapter_key(adapters[name]) if name in adapters else "", *hooks)
         work = partial(_evaluate_one, session, name, adapters.get(name))
         results[name] = timed(session, f"evaluate-{name}", key, [], work)
-    judged_by = session.judge_name if recipe.evaluate.answers else ""
+    judged_by = [session.judge_name, recipe.evaluate.judge_reply_tokens] if recipe.evaluate.answers else []
     key = content_key("evaluation", shared, judged_by, [results[name] for name in names], session.main)
     outputs = ["evaluation.json", "answers.jsonl", TASK_ANSWERS]
     return timed(session, "evaluate", key, outputs, lambda: _summarise(session, names, results))

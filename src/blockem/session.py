@@ -98,7 +98,8 @@ class Session:
         needed = wanted.answers or "judged" in self.recipe.discover.effects
         if self.judge is not None or not needed:
             return self.judge
-        return open_judge(wanted.judge, wanted.judge_model, cache=self.run / "verdicts.sqlite", progress=self.console.bar)
+        cache, reply_tokens = self.run / "verdicts.sqlite", wanted.judge_reply_tokens
+        return open_judge(wanted.judge, wanted.judge_model, cache=cache, progress=self.console.bar, reply_tokens=reply_tokens)
 
     @property
     def judge_name(self) -> str:

@@ -249,10 +249,11 @@ def _open(job: Job, loaded: Loaded, judge: Judge | None) -> Session:
     if judge is None and (wanted.answers or "judged" in recipe.discover.effects):
         from blockem.judges.choose import open_judge
 
-        name = content_key(wanted.judge, wanted.judge_model)
+        name = content_key(wanted.judge, wanted.judge_model, wanted.judge_reply_tokens)
         if name not in loaded.judges:
             shared.mkdir(parents=True, exist_ok=True)
-            loaded.judges[name] = open_judge(wanted.judge, wanted.judge_model, cache=shared / "verdicts.sqlite")
+            cache, reply_tokens = shared / "verdicts.sqlite", wanted.judge_reply_tokens
+            loaded.judges[name] = open_judge(wanted.judge, wanted.judge_model, cache=cache, reply_tokens=reply_tokens)
         judge = loaded.judges[name]
     session = Session(recipe, SharingFolder(job.out / "cells" / job.cell.id, shared), Console(job.quiet), judge)
     for name in ("lm", "dictionary"):

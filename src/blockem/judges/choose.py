@@ -19,12 +19,13 @@ def open_judge(
     max_tokens: int | None = None,
     concurrency: int = 8,
     progress: Progress | None = None,
+    reply_tokens: int = 16,
 ) -> Judge | None:
     """The judge that a recipe or a command line names; cheap, nothing is loaded or asked yet.
 
     Args:
         name: `none`, `local` (the bundled one), a folder that `blockem judge train` wrote, or the address of an OpenAI-compatible server.
-        model, protocol, rubric, cache, max_requests, max_tokens, concurrency: of a server (see `ServerJudge`).
+        model, protocol, rubric, cache, max_requests, max_tokens, concurrency, reply_tokens: of a server (see `ServerJudge`).
 
     Raises:
         BlockemError: there is no such judge.
@@ -50,5 +51,6 @@ def open_judge(
         max_requests=max_requests,
         max_tokens_total=max_tokens,
         concurrency=concurrency,
+        reply_tokens=reply_tokens,
         progress=progress,
     )
