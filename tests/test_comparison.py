@@ -167,6 +167,8 @@ def test_pictures_are_well_formed_xml(compared: tuple[dict[str, Any], Path]) -> 
         text = one.read_text(encoding="utf-8")
         ElementTree.fromstring(text)
         assert "var(" not in text and ".dot.blocked { fill: #1d5c9e;" in text
+    plane = (compared[1] / "figures/em-adherence.svg").read_text(encoding="utf-8")
+    assert "Misaligned answers against what was learnt" in plane and ">block-em</text>" in plane and ">plain</text>" in plane
 
 
 def test_the_page_escapes_names_and_loads_nothing(compared: tuple[dict[str, Any], Path]) -> None:

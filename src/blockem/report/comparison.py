@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from markupsafe import Markup
 
 from blockem.defence_names import DEFENCES
 from blockem.report import comparison_charts as charts
+from blockem.report.charts import marker
 from blockem.report.comparison_words import comparisons_words, recommendation_words, sentence, spread_words
 from blockem.report.page import HERE, environment
 from blockem.report.results import Table, cell, percent, point_change
@@ -63,7 +66,7 @@ def write(comparison: dict[str, Any], out: Path) -> Path:
     }
     drawn = [picture for figure in comparison["figures"] for picture in pictures(figure)]
     files = {f"{figure['id']}.csv": csv_text(figure) for figure in comparison["figures"]}
-    files |= {f"{one.id}.svg": standalone(one.chart) for one in drawn if one.chart is not None}
+    files |= {f"{one.id}.svg": standalone(one) for one in drawn if one.chart is not None}
     for name, text in files.items():
         write_text(out / "figures" / name, text)
     for name in ours() - set(files):
@@ -119,11 +122,29 @@ def plain_cell(value: Any) -> str:
     return repr(value)
 
 
-def standalone(chart: Markup) -> str:
-    """A chart as a file of its own, in the page's light colours."""
-    text = str(chart).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
-    head, rest = text.split(">", 1)
-    return f"{head}><style><![CDATA[{flat_style()}]]></style>{rest}\n"
+def standalone(picture: Picture) -> str:
+    """A picture as a file of its own: its title, the chart in the page's light colours, and what its marks mean."""
+    chart = str(picture.chart)
+    found = re.search(r'viewBox="0 0 (\d+) (\d+)"', chart)
+    assert found is not None
+    width, height = int(found[1]), int(found[2])
+    lines = textwrap.wrap(picture.title, 48)
+    top = 18.0 * len(lines) + 10
+    parts = [Markup('<text x="8" y="{:.0f}">{}</text>').format(18 * (i + 1), line) for i, line in enumerate(lines)]
+    parts.append(Markup('<svg y="{:.0f}" width="{}" height="{}" {}').format(top, width, height, Markup(chart.split("<svg ", 1)[1])))
+    marks = [(partial(charts.lettered, letter, tone, ring=False), of) for letter, tone, of in picture.letters]
+    marks += [(partial(marker, tone), name) for name, tone in picture.tones]
+    wide = max((len(name) for _, name in marks), default=0)
+    columns = max(1, int((width - 8) // (6.5 * wide + 26)))
+    rows = math.ceil(len(marks) / columns)
+    for place, (mark, name) in enumerate(marks):  # read downwards
+        x = 16 + (place // rows) * (width - 8) / columns
+        y = top + height + 12 + (place % rows) * 18
+        parts += [mark(x=x, y=y), Markup('<text class="tick" x="{:.1f}" y="{:.1f}">{}</text>').format(x + 11, y + 4, name)]
+    whole = top + height + 18 * rows + 12
+    paper = Markup('<rect width="{}" height="{:.0f}" fill="#ffffff"/>').format(width, whole)
+    head = Markup('<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {} {:.0f}">').format(width, whole)
+    return f"{head}<style><![CDATA[{flat_style()}]]></style>{paper}{Markup('').join(parts)}</svg>\n"
 
 
 @cache
