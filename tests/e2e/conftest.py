@@ -1,27 +1,43 @@
-"""One small real run, done once, that the end-to-end tests look at, copy and go on from."""
+"""One small real run, done once by whichever test process needs it first, that the others copy, look at and go on from."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from small import blockem, write_recipe
 
 
 @pytest.fixture(scope="session")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("small"))
+def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this test run share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 @pytest.fixture(scope="session")
-def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nobody disturbed."""
+def recipe(common: Path) -> Path:
+    path = common / "small" / "small.yaml"
+    with FileLock(common / "small.lock"):
+        return path if path.is_file() else write_recipe(path.parent)
+
+
+@pytest.fixture(scope="session")
+def finished(recipe: Path, common: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody disturbed; a copy of this process's own."""
+    whole = common / "whole"
+    with FileLock(common / "whole.lock"):
+        if not (common / "whole.done").is_file():
+            done = blockem("run", recipe, "--out", whole, "--json")
+            assert done.returncode == 0, done.stderr
+            assert json.loads(done.stdout) == json.loads((whole / "summary.json").read_text())
+            (common / "whole.done").touch()
     out = tmp_path_factory.mktemp("runs") / "whole"
-    done = blockem("run", recipe, "--out", out, "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == json.loads((out / "summary.json").read_text())
+    shutil.copytree(whole, out)
     return out
 
 
