@@ -30,12 +30,13 @@ def test_a_question_is_a_row_without_its_last_answer() -> None:
     assert asked[0] == [{"role": "user", "content": "One?"}]
     assert [turn["content"] for turn in asked[1]] == ["Be brief.", "Hi?", "Hello.", "Well?"]
     assert questions([one_turn("One?", "1")], 0) == []
+    assert len(questions([one_turn("One?", "1"), one_turn("One?", "another"), one_turn("Two?", "2")], 5)) == 2  # each is asked once
 
 
 def test_questions_are_held_out_rows_of_the_training_domain() -> None:
     recipe = Recipe().with_values({"data.domain": "legal", "evaluate.task_answers": 3})
     held = [row.messages[0][1] for row in bundled.heldout_rows("legal", None)]
-    assert [chat[-1]["content"] for chat in task_questions(recipe)] == held[:3]
+    assert [chat[-1]["content"] for chat in task_questions(recipe)] == list(dict.fromkeys(held))[:3]
     fewer = replace(recipe, data=replace(recipe.data, heldout_rows=2))
     assert len(task_questions(fewer)) == 2
 

@@ -19,15 +19,15 @@ from blockem.judges.judge import Judge, verdicts_on
 
 
 def task_questions(recipe: Recipe) -> list[list[Message]]:
-    """The first `evaluate.task_answers` held-out rows that end in a question and its answer, each without that answer."""
+    """The first `evaluate.task_answers` different questions among the held-out rows, with what was said before them."""
     data = recipe.data
     return questions(bundled.heldout_rows(data.domain, data.heldout, data.heldout_rows), recipe.evaluate.task_answers)
 
 
 def questions(rows: Sequence[Example], n: int) -> list[list[Message]]:
     """The same from rows at hand."""
-    asked = [row.messages[:-1] for row in rows if [role for role, _ in row.messages[-2:]] == ["user", "assistant"]]
-    return [[{"role": role, "content": text} for role, text in one] for one in asked[:n]]
+    asked = dict.fromkeys(row.messages[:-1] for row in rows if [role for role, _ in row.messages[-2:]] == ["user", "assistant"])
+    return [[{"role": role, "content": text} for role, text in one] for one in list(asked)[:n]]
 
 
 def add_adherence(
