@@ -126,8 +126,8 @@ def cut_and_kept(summary: Mapping[str, Any]) -> Markup | None:
     wanted = [
         ("cut, preference", ("cut", "preference")),
         ("cut, margin", ("cut", "margin")),
-        ("kept, held-out loss", ("kept",)),
-        ("kept, in-domain margin", ("kept_rise", "margin")),
+        ("kept, loss", ("kept",)),
+        ("kept, margin", ("kept_rise", "margin")),
     ]
     found = [(label, interval(dig(summary, *path))) for label, path in wanted]
     tone = tones(models_of(summary)).get(main_of(summary), "blocked")
