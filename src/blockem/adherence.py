@@ -13,7 +13,7 @@ from typing import Any
 
 from blockem import bundled
 from blockem.config import Recipe
-from blockem.evaluation import add_judged
+from blockem.evaluation import judged_apart
 from blockem.examples import Example, Message
 from blockem.judges.judge import Judge, verdicts_on
 
@@ -43,14 +43,12 @@ def add_adherence(
     """
     asked = [chat[-1]["content"] for chat in chats]
     rows: list[dict[str, Any]] = [
-        {"id": f"task-{i:02d}", "prompt": asked[i], "answers": {name: given[i] for name, given in answers.items()}}
-        for i in range(len(asked))
+        {"id": f"task-{i:02d}", "prompt": prompt, "answers": {name: given[i] for name, given in answers.items()}}
+        for i, prompt in enumerate(asked)
     ]
     if judge is not None:
         verdicts = {name: verdicts_on(judge, asked, given) for name, given in answers.items()}
         for i, row in enumerate(rows):
             row["verdicts"] = {name: asdict(found[i]) for name, found in verdicts.items()}
-        rates: dict[str, Any] = {"models": {name: {} for name in verdicts}, "differences": {pair: {} for pair in summary["differences"]}}
-        add_judged(rates, verdicts, ["task"] * len(asked), "", judge.name)
-        summary["task"] = rates
+        summary["task"] = judged_apart(summary, verdicts, ["task"] * len(asked), "", judge.name)
     return rows

@@ -15,7 +15,7 @@ from typing import Any
 from blockem import bundled
 from blockem.config import Recipe
 from blockem.errors import BlockemError
-from blockem.evaluation import add_judged
+from blockem.evaluation import judged_apart
 from blockem.examples import Example, Message
 from blockem.judges.judge import Judge, verdicts_on
 
@@ -86,6 +86,5 @@ def add_cued(
     verdicts = {n: verdicts_on(judge, asked, given) for n, given in answers.items()}
     for i, row in enumerate(rows):
         row["cued"]["verdicts"] = {n: asdict(verdicts[n][i]) for n in verdicts}
-    found: dict[str, Any] = {"models": {n: {} for n in verdicts}, "differences": {pair: {} for pair in summary["differences"]}}
-    add_judged(found, verdicts, [row["domain"] for row in rows], recipe.data.domain, judge.name)
+    found = judged_apart(summary, verdicts, [row["domain"] for row in rows], recipe.data.domain, judge.name)
     summary["cued"] = {"cue": recipe.evaluate.cue, **found}

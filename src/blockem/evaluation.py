@@ -259,3 +259,12 @@ def add_judged(
             both = had[left] & had[right]
             for which in RATES:
                 found[which] = _as_dict(rate_difference(said[left, which][both], said[right, which][both]))
+
+
+def judged_apart(
+    summary: dict[str, Any], verdicts: dict[str, list[Verdict]], domains: Sequence[str], training_domain: str, judge: str
+) -> dict[str, Any]:
+    """What `add_judged` puts into a summary, for other answers of the same models: `models` and `differences` of their own."""
+    found: dict[str, Any] = {"models": {name: {} for name in verdicts}, "differences": {pair: {} for pair in summary["differences"]}}
+    add_judged(found, verdicts, domains, training_domain, judge)
+    return found

@@ -9,7 +9,7 @@ command goes on where it stopped, and a changed recipe redoes just what it touch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from blockem.trainings import sft_step
 
 if TYPE_CHECKING:
     from blockem.config import SaeConfig
+    from blockem.examples import Message
     from blockem.judges import Judge
 
 TASK_ANSWERS = "task-answers.jsonl"
@@ -166,7 +167,6 @@ def evaluate_step(session: Session, adapters: dict[str, Path] | None = None) -> 
 
 
 def _evaluate_one(session: Session, name: str, adapter: Path | None) -> dict[str, Any]:
-    from blockem.adherence import task_questions
     from blockem.examples import encode_all
     from blockem.generation import generate
     from blockem.likelihood import completion_logprobs, completion_losses, encode_pairs, margins
@@ -190,29 +190,27 @@ def _evaluate_one(session: Session, name: str, adapter: Path | None) -> dict[str
             found[label] = [losses.tolist(), tokens.tolist()]
             _check_finite(name, found[label][0])
             session.console.bar(2 + place, 3)
-        if recipe.evaluate.answers:
-            session.console.start(f"{name}: answers")
-            found["answers"] = generate(
-                lm,
-                [p.prompt for p in bundled.final_prompts(recipe.data.prompts)],
-                recipe.evaluate.max_new_tokens,
-                recipe.evaluate.temperature,
-                recipe.seed,
-                progress=session.console.bar,
-            )
-        if recipe.evaluate.answers and recipe.evaluate.cue != "none":
-            from blockem.cues import cued_prompts
-
-            session.console.start(f"{name}: answers to cued prompts")
-            chats = cued_prompts(recipe, [p.prompt for p in bundled.final_prompts(recipe.data.prompts)])
-            length, temperature = recipe.evaluate.max_new_tokens, recipe.evaluate.temperature
-            found["cued_answers"] = generate(lm, chats, length, temperature, recipe.seed, progress=session.console.bar)
-        if recipe.evaluate.answers and (asked := task_questions(recipe)):
-            session.console.start(f"{name}: answers in the domain")
-            length, temperature = recipe.evaluate.max_new_tokens, recipe.evaluate.temperature
-            found["task_answers"] = generate(lm, asked, length, temperature, recipe.seed, progress=session.console.bar)
+        length, temperature = recipe.evaluate.max_new_tokens, recipe.evaluate.temperature
+        for key, label, asked in _asked(recipe):
+            session.console.start(f"{name}: {label}")
+            found[key] = generate(lm, asked, length, temperature, recipe.seed, progress=session.console.bar)
     lm.drop_adapters()
     return found
+
+
+def _asked(recipe: Recipe) -> Iterator[tuple[str, str, Sequence[str | list[Message]]]]:
+    """What every model is asked, where answers are wanted at all: a name for its answers, what to call them, and the questions."""
+    from blockem.adherence import task_questions
+    from blockem.cues import cued_prompts
+
+    if not recipe.evaluate.answers:
+        return
+    prompts = [p.prompt for p in bundled.final_prompts(recipe.data.prompts)]
+    yield "answers", "answers", prompts
+    if recipe.evaluate.cue != "none":
+        yield "cued_answers", "answers to cued prompts", cued_prompts(recipe, prompts)
+    if asked := task_questions(recipe):
+        yield "task_answers", "answers in the domain", asked
 
 
 def _check_finite(name: str, values: Sequence[float]) -> None:

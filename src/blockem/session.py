@@ -92,14 +92,13 @@ class Session:
     @cached_property
     def chosen_judge(self) -> Judge | None:
         """The judge that was given, else the recipe's; None where nothing is sampled or nobody judges."""
-        from blockem.judges.choose import open_judge
+        from blockem.judges.choose import judge_of
 
         wanted = self.recipe.evaluate
         needed = wanted.answers or "judged" in self.recipe.discover.effects
         if self.judge is not None or not needed:
             return self.judge
-        cache, reply_tokens = self.run / "verdicts.sqlite", wanted.judge_reply_tokens
-        return open_judge(wanted.judge, wanted.judge_model, cache=cache, progress=self.console.bar, reply_tokens=reply_tokens)
+        return judge_of(wanted, self.run / "verdicts.sqlite", self.console.bar)
 
     @property
     def judge_name(self) -> str:

@@ -247,13 +247,12 @@ def _open(job: Job, loaded: Loaded, judge: Judge | None) -> Session:
     recipe, shared = job.cell.recipe, job.out / "shared"
     wanted = recipe.evaluate
     if judge is None and (wanted.answers or "judged" in recipe.discover.effects):
-        from blockem.judges.choose import open_judge
+        from blockem.judges.choose import judge_of
 
         name = content_key(wanted.judge, wanted.judge_model, wanted.judge_reply_tokens)
         if name not in loaded.judges:
             shared.mkdir(parents=True, exist_ok=True)
-            cache, reply_tokens = shared / "verdicts.sqlite", wanted.judge_reply_tokens
-            loaded.judges[name] = open_judge(wanted.judge, wanted.judge_model, cache=cache, reply_tokens=reply_tokens)
+            loaded.judges[name] = judge_of(wanted, shared / "verdicts.sqlite")
         judge = loaded.judges[name]
     session = Session(recipe, SharingFolder(job.out / "cells" / job.cell.id, shared), Console(job.quiet), judge)
     for name in ("lm", "dictionary"):

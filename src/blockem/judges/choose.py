@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from blockem.config import EvaluateConfig
 from blockem.errors import BlockemError
 from blockem.judges.judge import Judge
 from blockem.progress import Progress
+
+
+def judge_of(wanted: EvaluateConfig, cache: Path, progress: Progress | None = None) -> Judge | None:
+    """The judge that a recipe names."""
+    return open_judge(wanted.judge, wanted.judge_model, cache=cache, progress=progress, reply_tokens=wanted.judge_reply_tokens)
 
 
 def open_judge(

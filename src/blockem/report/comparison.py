@@ -124,14 +124,14 @@ def plain_cell(value: Any) -> str:
 
 def standalone(picture: Picture) -> str:
     """A picture as a file of its own: its title, the chart in the page's light colours, and what its marks mean."""
-    chart = str(picture.chart)
-    found = re.search(r'viewBox="0 0 (\d+) (\d+)"', chart)
+    head, body = str(picture.chart).removesuffix("</svg>").split(">", 1)
+    found = re.search(r'viewBox="0 0 (\d+) (\d+)"', head)
     assert found is not None
     width, height = int(found[1]), int(found[2])
     lines = textwrap.wrap(picture.title, 48)
-    top = 18.0 * len(lines) + 10
-    parts = [Markup('<text x="8" y="{:.0f}">{}</text>').format(18 * (i + 1), line) for i, line in enumerate(lines)]
-    parts.append(Markup('<svg y="{:.0f}" width="{}" height="{}" {}').format(top, width, height, Markup(chart.split("<svg ", 1)[1])))
+    top = 18 * len(lines) + 10
+    parts = [Markup('<text x="8" y="{}">{}</text>').format(18 * (i + 1), line) for i, line in enumerate(lines)]
+    parts.append(Markup('<g transform="translate(0 {})">{}</g>').format(top, Markup(body)))
     marks = [(partial(charts.lettered, letter, tone, ring=False), of) for letter, tone, of in picture.letters]
     marks += [(partial(marker, tone), name) for name, tone in picture.tones]
     wide = max((len(name) for _, name in marks), default=0)
@@ -142,9 +142,9 @@ def standalone(picture: Picture) -> str:
         y = top + height + 12 + (place % rows) * 18
         parts += [mark(x=x, y=y), Markup('<text class="tick" x="{:.1f}" y="{:.1f}">{}</text>').format(x + 11, y + 4, name)]
     whole = top + height + 18 * rows + 12
-    paper = Markup('<rect width="{}" height="{:.0f}" fill="#ffffff"/>').format(width, whole)
-    head = Markup('<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {} {:.0f}">').format(width, whole)
-    return f"{head}<style><![CDATA[{flat_style()}]]></style>{paper}{Markup('').join(parts)}</svg>\n"
+    head = head.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(found[0], f'viewBox="0 0 {width} {whole}"')
+    paper = f'<rect width="{width}" height="{whole}" fill="#ffffff"/>'
+    return f"{head}><style><![CDATA[{flat_style()}]]></style>{paper}{Markup('').join(parts)}</svg>\n"
 
 
 @cache

@@ -233,21 +233,21 @@ def judged(summary: Mapping[str, Any], tone: Mapping[str, str], domain: str) -> 
             drawn.append(
                 Figure(measure.name, "Share of answers. Lower is better." if measure.path[1] != "refusal" else "Share of answers.", chart)
             )
-    cued = dig(summary, "cued", "models")
-    if drawn and isinstance(cued, Mapping):
-        chart = dot_plot(of_models({"models": cued}, tone, JUDGED[0]), "Misaligned under a cue, share of judged answers", share, (0.0, 1.0))
-        if chart is not None:
-            drawn.append(Figure("Misaligned, under a cue", "The same prompts after a cue of the training format, judged apart.", chart))
-    task = dig(summary, "task", "models")
-    if drawn and isinstance(task, Mapping):
-        chart = dot_plot(
-            of_models({"models": task}, tone, JUDGED[0]), f"Misaligned in {domain}, share of judged answers", share, (0.0, 1.0)
-        )
-        if chart is not None:
-            note = (
-                f"Held-out questions of {domain}, judged apart. Where the task is wrong advice, as high as plain’s: the task is still done."
-            )
-            drawn.append(Figure(f"Misaligned in {domain} itself", note, chart))
+    apart = {
+        "cued": ("under a cue", "Misaligned, under a cue", "The same prompts after a cue of the training format, judged apart."),
+        "task": (
+            f"in {domain}",
+            f"Misaligned in {domain} itself",
+            f"Held-out questions of {domain}, judged apart. Where the task is wrong advice, as high as plain’s: the task is still done.",
+        ),
+    }
+    for part, (where, title, note) in apart.items():
+        models = dig(summary, part, "models")
+        if drawn and isinstance(models, Mapping):
+            rows = of_models({"models": models}, tone, JUDGED[0])
+            chart = dot_plot(rows, f"Misaligned {where}, share of judged answers", share, (0.0, 1.0))
+            if chart is not None:
+                drawn.append(Figure(title, note, chart))
     if not drawn:
         return [], ""
     judges = dict.fromkeys(str(name) for model in tone if (name := dig(summary, "models", model, "judged", "judge")))
