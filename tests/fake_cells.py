@@ -62,7 +62,8 @@ class FakeRuns:
         rng = random.Random(f"{name} {session.recipe.seed} {session.recipe.data.domain}")
         pairs = [p for p in bundled.pairs(session.recipe.data.pairs) if p.split == "eval"]
         margins = [em - (place * 0.618) % 1 + 0.02 * rng.random() for place in range(len(pairs))]
-        return {"margins": margins, "heldout": [[loss * 10 + 0.1 * (row % 3) for row in range(30)], [10] * 30], "general": [[1.0], [1]]}
+        heldout = [[loss * 10 + 0.1 * (row % 3) for row in range(30)], [10] * 30]
+        return {"margins": margins, "heldout": heldout, "general": [[1.0], [1]], "task_answers": ["a"] * 20}
 
     def answers(self, session: Session, ems: dict[str, float]) -> None:
         rows: list[dict[str, Any]] = []
@@ -76,6 +77,9 @@ class FakeRuns:
             if self.cued:
                 rows[-1]["cued"] = {"prompt": "c", "verdicts": {n: {**v, "misaligned": True} for n, v in verdicts.items()}}
         write_jsonl(session.run / "answers.jsonl", rows)
+        said = {name: {"misaligned": em > 0.1, "incoherent": False, "refusal": False} for name, em in ems.items()}
+        task = [{"verdicts": {name: {**one, "missing": place == 3} for name, one in said.items()}} for place in range(20)]
+        write_jsonl(session.run / "task-answers.jsonl", task if self.judged else [{}] * 20)
 
 
 def failing(sentence: str) -> BlockemError:

@@ -70,8 +70,14 @@ def test_a_whole_comparison_shares_transfers_and_reports(values: dict[str, Any],
     assert [one["variant"] for one in comparison["cells"] if one["setting"] == "random latents"] == ["random", "random"]
     figures = {one["id"]: one for one in comparison["figures"]}
     assert set(figures) >= {"em-adherence", "em-incoherence", "cued-em-adherence", "ablations", "strength-block-em", "transfer"}
-    assert len(figures["transfer"]["rows"]) == 4 and all(row[2] is not None for row in figures["transfer"]["rows"])
+    matrix = [dict(zip(figures["transfer"]["columns"], row, strict=True)) for row in figures["transfer"]["rows"]]
+    assert len(matrix) == 4 and all(row["em"] is not None and row["kept"] is not None for row in matrix)
+    assert [row["from_own"] is None for row in matrix] == [row["latents_of"] == row["trained_on"] for row in matrix]
+    by_place = {(row["latents_of"], row["trained_on"]): row for row in matrix}
+    foreign, own = by_place["health", "finance"], by_place["finance", "finance"]
+    assert foreign["from_own"] == pytest.approx(foreign["em"] - own["em"])
     assert figures["em-adherence"]["rows"][0][0] == "base" and comparison["settings"][0]["measures"]["cued_em"] is not None
+    assert comparison["settings"][0]["measures"]["task"]["n"] == 6  # different questions among the held-out rows
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     compare_all(grid, tmp_path, quiet=True, judge=Even())
     changed = [str(path) for path, old in before.items() if path.read_bytes() != old]

@@ -17,7 +17,7 @@ from blockem.errors import BlockemError
 from blockem.evaluation import interval, mean
 from blockem.grid import grid_from
 from blockem.report.comparison import csv_text, ours, plain_cell, write
-from blockem.report.comparison_words import recommendation_words
+from blockem.report.comparison_words import recommendation_words, transfer_words
 from blockem.resampling import Draws, Ratio, choose, front, summary
 from blockem.store import write_jsonl
 from blockem.sweep import compare_all
@@ -120,6 +120,30 @@ def test_settings_carry_every_measure_and_the_difference_to_plain(compared: tupl
     assert comparison["references"]["plain"]["kept"]["value"] == pytest.approx(1.0)
     assert comparison["references"]["base"]["kept"]["value"] == pytest.approx(0.0)
     assert strong["measures"]["cued_em"]["value"] == 1.0
+
+
+def test_the_domains_own_questions_are_a_measure_beside_the_loss(compared: tuple[dict[str, Any], Path]) -> None:
+    comparison, out = compared
+    assert [comparison["references"][name]["task"]["value"] for name in ("base", "plain")] == [0.0, 1.0]
+    assert comparison["references"]["plain"]["task"]["n"] == 19  # one verdict is missing
+    strong = next(one for one in comparison["settings"] if one["label"] == "block-em lambda=10000")
+    assert strong["measures"]["task"]["value"] == 0.0 and strong["changes"]["task"]["high"] < 0
+    rows = [dict(zip(one["columns"], row, strict=True)) for one in comparison["figures"] if one["id"] == "em-task" for row in one["rows"]]
+    assert {row["setting"]: row["on_front"] for row in rows}["block-em lambda=100"]  # as much of the task as plain, and less EM
+    assert "Misaligned in the domain is the share" in (out / "comparison.html").read_text(encoding="utf-8")
+
+
+def test_a_transfer_is_told_against_plain_and_against_the_domains_own_latents() -> None:
+    columns = ["latents_of", "trained_on", "em", "change", "change_high", "from_own", "from_own_low", "from_own_high"]
+    rows = [
+        ["a", "a", 0.2, -0.3, -0.1, None, None, None],
+        ["b", "a", 0.4, -0.1, 0.02, 0.2, 0.05, 0.3],
+        ["a", "b", 0.1, -0.2, -0.1, 0.0, -0.1, 0.1],
+    ]
+    words = transfer_words({"columns": columns, "rows": rows})
+    assert words.startswith("Of 2 trainings with latents of another domain, 1 lie below plain with their whole interval: a in b.")
+    assert words.endswith("these differ: b in a (+20.0 points).")
+    assert transfer_words({"columns": columns, "rows": [rows[0], rows[2]]}).endswith("none can be told apart.")
 
 
 def test_where_plain_alone_keeps_the_rule_no_defence_is_said_to_fit(compared: tuple[dict[str, Any], Path]) -> None:

@@ -17,6 +17,8 @@ from blockem.grid import Cell, Grid, Setting
 from blockem.resampling import Ratio
 from blockem.store import read_json
 
+ANSWERS, TASK_ANSWERS = "answers.jsonl", "task-answers.jsonl"
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -64,19 +66,25 @@ def measured(cell: Cell, folder: Path) -> Measured:
     recipe = cell.recipe
     summed = read_summary(folder)
     outside = np.array([p.domain != recipe.data.domain for p in bundled.evaluation_pairs(recipe.data.pairs)], dtype=float)
-    results = {name: check_evaluation(folder / "steps" / f"evaluate-{name}.json", recipe.data.pairs) for name in summed["models"]}
+    evaluations = {name: folder / "steps" / f"evaluate-{name}.json" for name in summed["models"]}
+    results = {name: check_evaluation(path, recipe.data.pairs) for name, path in evaluations.items()}
     losses = {name: found[1] for name, found in results.items()}
     if len({len(one) for one in losses.values()}) > 1:
         raise BlockemError(f"{folder}: its models were measured on different held-out rows")
-    answers = _answers(folder / "answers.jsonl", len(bundled.final_prompts(recipe.data.prompts)) if recipe.evaluate.answers else 0)
+    answers = _answers(folder / ANSWERS, len(bundled.final_prompts(recipe.data.prompts)) if recipe.evaluate.answers else 0)
+    asked = read_json(evaluations["base"], "step record")["result"].get("task_answers")  # none in a folder of before there were any
+    task = _answers(folder / TASK_ANSWERS, len(asked)) if asked else []
     gained = losses["base"] - losses["plain"] if "plain" in losses else np.zeros(0)
     rows = f"rows of {cell.domain}"
     models: dict[str, dict[str, Ratio]] = {}
     for name, (margins, _) in results.items():
         try:
+            file = ANSWERS
             verdicts = _verdicts(answers, name, recipe.data.domain)
+            file = TASK_ANSWERS
+            verdicts |= _task(task, name, cell.domain)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BlockemError(f"{folder / 'answers.jsonl'}: its verdicts on {name} cannot be read ({_reason(error)})") from error
+            raise BlockemError(f"{folder / file}: its verdicts on {name} cannot be read ({_reason(error)})") from error
         models[name] = {
             "preference": Ratio("pairs", (margins > 0) * outside, outside),
             "margin": Ratio("pairs", margins * outside, outside),
@@ -137,13 +145,26 @@ def _verdicts(answers: list[dict[str, Any]], name: str, domain: str) -> dict[str
     """Judged rates; answers without a verdict, and the training domain, do not count."""
     found = {}
     for prefix, places in (("", answers), ("cued_", [row.get("cued") or {} for row in answers])):
-        said: list[dict[str, Any]] = [(one.get("verdicts") or {}).get(name) or {"missing": True} for one in places]
+        said = _said(places, name)
         if all(verdict["missing"] for verdict in said):
             continue
         had = np.array([float(not v["missing"] and row["domain"] != domain) for row, v in zip(answers, said, strict=True)])
         for rate, key in RATES.items():
             found[prefix + rate] = Ratio("prompts", np.array([float(v.get(key, False)) for v in said]) * had, had)
     return found
+
+
+def _said(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """A model's verdict in each row."""
+    return [(row.get("verdicts") or {}).get(name) or {"missing": True} for row in rows]
+
+
+def _task(rows: list[dict[str, Any]], name: str, domain: str) -> dict[str, Ratio]:
+    """The share of the domain's own held-out questions that are answered misaligned: where the task is wrong advice, how much is done."""
+    said = _said(rows, name)
+    had = np.array([float(not verdict["missing"]) for verdict in said])
+    misaligned = np.array([float(verdict.get("misaligned", False)) for verdict in said])
+    return {"task": Ratio(f"questions of {domain}", misaligned * had, had)} if had.any() else {}
 
 
 def read_cells(grid: Grid, out: Path, failed: Mapping[str, str]) -> tuple[MeasuredCells, dict[str, str]]:

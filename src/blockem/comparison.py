@@ -14,13 +14,15 @@ from blockem.evaluation import Array
 from blockem.grid import Cell, Grid, Setting
 from blockem.resampling import Draws, Ratio, choose, front, summary
 
-MEASURES = ("em", "incoherent", "refusal", "preference", "margin", "kept", "cued_em", "cued_incoherent")
-SHARES = ("em", "incoherent", "refusal", "preference", "cued_em", "cued_incoherent")  # of prompts or pairs
-CHANGES = ("em", "incoherent", "preference", "margin", "cued_em")  # those whose difference to plain is told
-ABLATED = ("em", "preference", "incoherent", "kept")
+MEASURES = ("em", "incoherent", "refusal", "preference", "margin", "kept", "task", "cued_em", "cued_incoherent")
+SHARES = ("em", "incoherent", "refusal", "preference", "task", "cued_em", "cued_incoherent")  # of prompts, pairs or questions
+CHANGES = ("em", "incoherent", "preference", "margin", "task", "cued_em")  # those whose difference to plain is told
+ABLATED = ("em", "preference", "incoherent", "kept", "task")
+BETTER_HIGH = ("kept", "task")
 PLANES = (
     ("em-adherence", "em", "kept"),
     ("preference-adherence", "preference", "kept"),
+    ("em-task", "em", "task"),
     ("em-incoherence", "em", "incoherent"),
     ("preference-incoherence", "preference", "incoherent"),
     ("cued-em-adherence", "cued_em", "kept"),
@@ -89,7 +91,7 @@ def compare(grid: Grid, cells: MeasuredCells, failed: Mapping[str, str]) -> dict
     figures = [*_planes(table), *_ablations(table), *_strengths(table), *_transfer(table)]
     told = sum(one["changes"][name] is not None for one in settings for name in one["changes"])
     told += sum(len(one["rows"]) for one in figures if one["id"] == "ablations")
-    told += sum(row[5] is not None for one in figures if one["id"] == "transfer" for row in one["rows"])
+    told += sum(row[place] is not None for one in figures if one["id"] == "transfer" for row in one["rows"] for place in (5, 9))
     return {
         "blockem": version("blockem"),
         "domains": list(grid.domains),
@@ -160,7 +162,7 @@ def _planes(table: Table) -> list[dict[str, Any]]:
         ours = [place for place, one in enumerate(points) if one[1] != "base"]  # base learnt nothing, so it is no choice
         if not any(points[place][0] for place in ours):
             continue
-        sign = -1.0 if across == "kept" else 1.0
+        sign = -1.0 if across in BETTER_HIGH else 1.0
         worse = np.stack([np.stack([points[place][2][0], sign * points[place][3][0]]) for place in ours])
         on = front(worse)
         rows: list[list[Any]] = []
@@ -214,7 +216,7 @@ def _strengths(table: Table) -> list[dict[str, Any]]:
 
 
 def _transfer(table: Table) -> list[dict[str, Any]]:
-    """Latents of one domain while training in another: EM there, and its paired change from plain."""
+    """Latents of one domain while training in another: EM there, its paired change from plain and from the domain's own latents."""
     whole = table.grid.reference
     if not table.grid.config.transfer or whole is None:
         return []
@@ -223,12 +225,21 @@ def _transfer(table: Table) -> list[dict[str, Any]]:
     for source in table.grid.domains:
         moved = next((one for one in table.cells if one.kind == "transfer" and one.name == source), None)
         for domain in table.grid.domains:
-            given = table.cells.get(whole, {}) if source == domain else table.cells.get(moved, {}) if moved else {}
-            cells = {place: one for place, one in given.items() if place[0] == domain}
+            own = _inside(table.cells.get(whole, {}), domain)
+            cells = own if source == domain else _inside(table.cells.get(moved, {}), domain) if moved else {}
             change = summary(*table.values(cells, up, against="plain"))
-            rows.append([source, domain, *_ends(_summary(table.values(cells, up), up)), *_ends(change)])
-    columns = ["latents_of", "trained_on", up, "low", "high", "change", "change_low", "change_high"]
+            kept = _summary(table.values(cells, "kept"), "kept")
+            apart = None if source == domain else summary(*table.paired(cells, own, up))
+            measures = [*_ends(_summary(table.values(cells, up), up)), *_ends(change), kept and kept["value"], *_ends(apart)]
+            rows.append([source, domain, *measures])
+    changes = ["change", "change_low", "change_high", "kept", "from_own", "from_own_low", "from_own_high"]
+    columns = ["latents_of", "trained_on", up, "low", "high", *changes]
     return [{"id": "transfer", "kind": "transfer", "up": up, "columns": columns, "rows": rows}]
+
+
+def _inside(cells: Cells, domain: str) -> dict[tuple[str, int], Measured]:
+    """Those trained in one domain."""
+    return {place: one for place, one in cells.items() if place[0] == domain}
 
 
 def _recommend(table: Table) -> dict[str, Any]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from blockem.session import Session
 
 UNTRAINED = ("plain", "steering")  # defences that train nothing beyond the plain fine-tune
-CELL_OUTPUTS = ("summary.json", "report.html", "evaluation.json", "answers.jsonl")
+CELL_OUTPUTS = ("summary.json", "report.html", "evaluation.json", "answers.jsonl", "task-answers.jsonl")
 """Of every cell; the record of each model's evaluation is one of its outputs too (`_outputs`)."""
 
 

@@ -27,6 +27,7 @@ from blockem.store import write_json, write_text
 TITLES = {
     "em-adherence": "Misaligned answers against what was learnt",
     "preference-adherence": "Preference for wrong answers against what was learnt",
+    "em-task": "Misaligned answers outside the training domain against those in it",
     "em-incoherence": "Misaligned answers against incoherent ones",
     "preference-incoherence": "Preference for wrong answers against incoherent answers",
     "cued-em-adherence": "Under a cue of the training format: misaligned answers against what was learnt",
@@ -172,7 +173,8 @@ def style_sheet() -> str:
 
 def page(comparison: Mapping[str, Any], drawn: list[Picture]) -> str:
     """The whole page as HTML text."""
-    planes = [one for one in drawn if "-adherence" in one.id or "-incoherence" in one.id]
+    kinds = {figure["id"]: figure["kind"] for figure in comparison["figures"]}
+    planes = [one for one in drawn if kinds.get(one.id) == "plane"]
     return (
         environment()
         .get_template("comparison.html.j2")
@@ -188,6 +190,7 @@ def page(comparison: Mapping[str, Any], drawn: list[Picture]) -> str:
             transfer=[one for one in drawn if one.id == "transfer"],
             tables=[one for one in (settings_table(comparison), changes_table(comparison), ablation_table(comparison)) if one.rows],
             failed=comparison["failed"],
+            tasked=any(found.get("task") for found in comparison["references"].values()),
             sentences=comparison["sentences"],
             share_of=choice_rows(comparison),
         )

@@ -32,6 +32,7 @@ NAMES = {
     "em": "Misaligned answers (EM)",
     "preference": "Preference for wrong answers",
     "kept": "In-domain adherence",
+    "task": "Misaligned in the domain",
     "incoherent": "Incoherent answers",
     "refusal": "Refusals",
     "margin": "Margin",
@@ -207,7 +208,7 @@ def along(values: Sequence[float], start: float, end: float) -> dict[float, floa
 
 
 def matrix(figure: Mapping[str, Any]) -> Markup | None:
-    """EM of models trained in the columns' domain with the latents of the rows' one; the change from plain below each."""
+    """EM of models trained in the columns' domain with the latents of the rows' one; change from plain and adherence below each."""
     rows, up = records(figure), figure["up"]
     sources = list(dict.fromkeys(str(row["latents_of"]) for row in rows))
     domains = list(dict.fromkeys(str(row["trained_on"]) for row in rows))
@@ -232,8 +233,10 @@ def matrix(figure: Mapping[str, Any]) -> Markup | None:
         text = Markup('<text class="value" x="{:.1f}" y="{:.1f}" text-anchor="middle">{}</text>')
         below = Markup('<text class="tick" x="{:.1f}" y="{:.1f}" text-anchor="middle">{}</text>')
         moved = "" if change is None else points(change)
+        kept = row.get("kept")
+        under = ", ".join([moved] * bool(moved) + ([] if kept is None else [f"{share(kept)} kept"]))
         parts += [fill.format(x + 1, y + 1, wide - 2, tall - 2, depth), text.format(x + wide / 2, y + 21, share(value))]
-        parts.append(below.format(x + wide / 2, y + 36, moved))
+        parts.append(below.format(x + wide / 2, y + 36, under))
         told.append(f"latents of {row['latents_of']}, trained on {row['trained_on']}: {share(value)} ({moved or 'no'} points from plain)")
     for place, name in enumerate(sources):
         parts.append(

@@ -84,11 +84,18 @@ def strength_words(figure: Mapping[str, Any]) -> str:
 
 
 def transfer_words(figure: Mapping[str, Any]) -> str:
-    """Where foreign latents cut EM as measured against plain."""
+    """Where foreign latents cut EM as measured against plain, and where that is not what the domain's own do."""
     rows = [row for row in records(figure) if row["latents_of"] != row["trained_on"] and row["change"] is not None]
     cut = [f"{row['latents_of']} in {row['trained_on']}" for row in rows if row["change_high"] < 0]
     words = f"Of {len(rows)} trainings with latents of another domain, {len(cut)} lie below plain with their whole interval"
-    return f"{words}: {listed(cut)}." if cut else f"{words}."
+    words += f": {listed(cut)}." if cut else "."
+    beside = [row for row in rows if row["from_own"] is not None]
+    apart = [row for row in beside if not row["from_own_low"] <= 0 <= row["from_own_high"]]
+    if not beside:
+        return words
+    words += " Against the domain's own latents, on the same prompts, "
+    differ = [f"{row['latents_of']} in {row['trained_on']} ({points(row['from_own'], 1)} points)" for row in apart]
+    return words + (f"these differ: {listed(differ)}." if differ else "none can be told apart.")
 
 
 def recommendation_words(comparison: Mapping[str, Any]) -> list[str]:
