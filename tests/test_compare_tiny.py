@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from blockem import bundled
+from blockem.executor import SideBySide
 from blockem.grid import grid_from
 from blockem.judges.judge import Verdict
 from blockem.sweep import compare_all
@@ -83,3 +84,16 @@ def test_a_whole_comparison_shares_transfers_and_reports(values: dict[str, Any],
     changed = [str(path) for path, old in before.items() if path.read_bytes() != old]
     assert [path for path in changed if "too-deep" not in path] == []
     assert page.is_file()
+
+
+def test_side_by_side_ends_with_the_figures_of_one_by_one(values: dict[str, Any], tmp_path: Path) -> None:
+    few = {"recipe": values["recipe"], "defences": {"plain": None, "block-em": None, "kl": [0.1]}, "resamples": 100}
+    grid = grid_from(few)
+    alone, _ = compare_all(grid, tmp_path / "alone", quiet=True, judge=Even())
+    together, _ = compare_all(grid, tmp_path / "together", quiet=True, judge=Even(), executor=SideBySide(2))
+    assert alone["failed"] == together["failed"] == []
+    for one, other in zip(alone["settings"], together["settings"], strict=True):
+        for name, found in one["measures"].items():
+            assert found is None or other["measures"][name]["value"] == pytest.approx(found["value"], abs=1e-5), (one["label"], name)
+    plains = [tmp_path / "together/cells" / cell.id / "plain/adapter_model.safetensors" for cell in grid.cells]
+    assert len({one.stat().st_ino for one in plains}) == 1

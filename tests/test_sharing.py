@@ -1,4 +1,4 @@
-"""Steps done once and adopted by content, and jobs of which some fail."""
+"""Steps done once and adopted by content."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-from blockem.errors import BlockemError
-from blockem.executor import OneByOne, Outcome, attempt
 from blockem.sharing import SharingFolder, take
 
 OUTPUTS = ["plain/adapter_model.safetensors", "training-plain.jsonl"]
@@ -85,26 +83,3 @@ def test_other_steps_stay_with_their_run(tmp_path: Path) -> None:
     folder = SharingFolder(tmp_path / "one", tmp_path / "shared")
     folder.step("evaluate", "k", [], lambda: {})
     assert not (tmp_path / "shared").exists()
-
-
-def test_a_job_that_fails_stops_no_other() -> None:
-    def work(job: int) -> Outcome:
-        def inner() -> None:
-            if job == 1:
-                raise BlockemError("no such file")
-            if job == 2:
-                raise RuntimeError("broken\nin two lines")
-
-        return attempt(str(job), inner)
-
-    found = list(OneByOne().run(work, [0, 1, 2, 3]))
-    assert [one.error for one in found] == [None, "no such file", "RuntimeError: broken", None]
-    assert "Traceback" in found[2].details and found[1].details == ""
-
-
-def test_ctrl_c_stops_everything() -> None:
-    def interrupted() -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        attempt("a", interrupted)

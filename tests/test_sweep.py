@@ -198,7 +198,11 @@ def damaged(path: Path, text: str) -> None:
         ("answers.jsonl", "{}\n{oops", "answers.jsonl:2: not JSON"),
         ("answers.jsonl", "", "answers.jsonl: holds answers to 0 prompts"),
         ("task-answers.jsonl", "{}\n", "task-answers.jsonl: holds answers to 1 prompts, not to 20"),
-        ("task-answers.jsonl", '{"verdicts": {"base": {"refusal": true}}}\n' * 20, "task-answers.jsonl: its verdicts on base cannot be read (KeyError:"),
+        (
+            "task-answers.jsonl",
+            '{"verdicts": {"base": {"refusal": true}}}\n' * 20,
+            "task-answers.jsonl: its verdicts on base cannot be read (KeyError:",
+        ),
         ("steps/evaluate-base.json", '{"result": {}}', "evaluate-base.json: not the record of a model's evaluation (KeyError: 'margins')"),
         ("steps/evaluate-blocked.json", '{"result": {"margins": [1], "heldout": [[1]]}}', "evaluate-blocked.json: not an evaluation on"),
         ("steps/evaluate-plain.json", "[]", "evaluate-plain.json: not the record of a model's evaluation (TypeError:"),

@@ -2,4 +2,5 @@
 
 from blockem.cli import main
 
-main()
+if __name__ == "__main__":  # a comparison's own processes read this file too
+    main()

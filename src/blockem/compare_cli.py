@@ -14,9 +14,18 @@ GridFile = Annotated[Path, typer.Argument(metavar="GRID", help="Grid in YAML: re
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the comparison. The same command again continues there.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List the runs, what they share and how many trainings they cost; run nothing.")]
 
+Jobs = Annotated[
+    int, typer.Option("--jobs", "-j", min=1, help="Runs at a time, in processes of their own that divide cores and GPUs among them.")
+]
+
 
 def compare(
-    grid: GridFile, out: Out = Path("runs/compare"), dry_run: DryRun = False, as_json: AsJson = False, quiet: Quiet = False
+    grid: GridFile,
+    out: Out = Path("runs/compare"),
+    jobs: Jobs = 1,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare defences on your own data: every strength, domain and seed as a run of its own, figures, and which setting to use.
 
@@ -31,9 +40,10 @@ def compare(
         planned = plan(read, out)
         print(json.dumps(planned, ensure_ascii=False) if as_json else "\n".join(plan_lines(planned)))
         return
+    from blockem.executor import SideBySide
     from blockem.sweep import compare_all
 
-    comparison, page = compare_all(read, out, quiet)
+    comparison, page = compare_all(read, out, quiet, SideBySide(jobs) if jobs > 1 else None)
     if as_json:
         print(json.dumps(comparison, ensure_ascii=False))
     else:

@@ -34,11 +34,13 @@ class Console:
 
     Args:
         quiet: print nothing.
+        name: stands before every line, where several write at a time; none is then rewritten in place.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, name: str = "") -> None:
         self.quiet = quiet
-        self.live = sys.stderr.isatty()
+        self.live = sys.stderr.isatty() and not name
+        self.before = f"[{name}] " if name else ""
         self.label = ""
         self.began = time.monotonic()
         self._last = -1.0
@@ -48,7 +50,7 @@ class Console:
         """A line of its own."""
         if not self.quiet:
             self.close()
-            print(printable(text), file=sys.stderr, flush=True)
+            print(printable(self.before + text), file=sys.stderr, flush=True)
 
     def start(self, label: str) -> None:
         """Begin a piece of work that `bar` reports on."""
@@ -65,7 +67,7 @@ class Console:
             return
         self._last = share
         left = f"{clock(spent / share - spent)} left" if 0 < share < 1 else clock(spent)
-        line = printable(f"  {self.label}  {done}/{total}  {share:4.0%}  {left}")
+        line = printable(f"{self.before}  {self.label}  {done}/{total}  {share:4.0%}  {left}")
         if self.live:
             print(f"\r\033[K{line}", end="" if share < 1 else "\n", file=sys.stderr, flush=True)
             self._open = share < 1

@@ -42,6 +42,11 @@ class Job:
     place: int
     total: int
     quiet: bool = False
+    mixed: bool = False
+
+    @property
+    def id(self) -> str:
+        return self.cell.id
 
 
 @dataclass
@@ -183,7 +188,7 @@ def run_grid(grid: Grid, out: Path, quiet: bool = False, executor: Executor | No
     work = partial(run_cell, loaded=Loaded(), judge=judge)
     began = 0
     for wave in order:
-        jobs = [Job(cell, out, began + i + 1, total, quiet) for i, cell in enumerate(wave)]
+        jobs = [Job(cell, out, began + i + 1, total, quiet, executor.mixed) for i, cell in enumerate(wave)]
         began += len(jobs)
         for outcome in executor.run(work, jobs):
             _note(outcome, out, console, failed)
@@ -254,7 +259,7 @@ def _open(job: Job, loaded: Loaded, judge: Judge | None) -> Session:
             shared.mkdir(parents=True, exist_ok=True)
             loaded.judges[name] = judge_of(wanted, shared / "verdicts.sqlite")
         judge = loaded.judges[name]
-    session = Session(recipe, SharingFolder(job.out / "cells" / job.cell.id, shared), Console(job.quiet), judge)
+    session = Session(recipe, SharingFolder(job.out / "cells" / job.id, shared), Console(job.quiet, job.id if job.mixed else ""), judge)
     for name in ("lm", "dictionary"):
         if (found := loaded.parts.get(_part_key(session, name))) is not None:
             session.__dict__[name] = found
