@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,12 +11,15 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from blockem.errors import BlockemError
 from blockem.executor import OneByOne, Outcome, SideBySide, attempt
+
+HELD: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ def work(job: Named, seen: list[str] | None = None) -> Outcome:
             raise BlockemError("no such file")
         if job.id.startswith("bug"):
             raise RuntimeError("broken\nin two lines")
+        if job.id.startswith("locks"):
+            HELD.append(multiprocessing.RLock())  # as progress bars of other libraries do
         if job.id.startswith("dies"):
             os.kill(os.getpid(), signal.SIGKILL)
         if job.place:
@@ -92,6 +98,14 @@ def test_a_process_keeps_what_it_has_loaded_from_job_to_job() -> None:
     assert [one.details for one in found] == ["a", "a b"]
     with pytest.raises(BlockemError, match="0 jobs at a time"):
         SideBySide(0)
+
+
+def test_a_process_that_is_done_closes_what_it_has_open() -> None:
+    script = "from test_executor import jobs, work; from blockem.executor import SideBySide\n"
+    script += "if __name__ == '__main__': print([one.error for one in SideBySide(2).run(work, jobs('locks', 'locks too'))])"
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    found = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert (found.stdout.strip(), found.stderr) == ("[None, None]", "")  # no "leaked semaphore objects"
 
 
 def test_no_process_outlives_who_started_it(tmp_path: Path) -> None:

@@ -115,6 +115,7 @@ class _Worker:
         self._start()
 
     def _start(self) -> None:
+        self._busy = False
         context = multiprocessing.get_context("spawn")  # a fork would share threads and devices that do not bear it
         self.pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, self._work, self._surroundings), daemon=True)
@@ -125,6 +126,7 @@ class _Worker:
         if not self._process.is_alive():
             self.end()
             self._start()
+        self._busy = True
         with suppress(BrokenPipeError):  # died just now: `outcome` will say so
             self.pipe.send(job)
 
@@ -137,10 +139,14 @@ class _Worker:
             code = self._process.exitcode
             why = f"its process died (exit code {code}{', killed, perhaps for want of memory' if code == -signal.SIGKILL else ''})"
             return Outcome(job.id, f"{why}; the same command tries it again")
+        self._busy = False
         return found
 
     def end(self) -> None:
+        """Let a process that has nothing to do end by itself, which closes what it has open, and stop one that is at work."""
         self.pipe.close()
+        if not self._busy:
+            self._process.join(timeout=20)
         self._process.terminate()
         self._process.join()
 
