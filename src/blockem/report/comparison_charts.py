@@ -214,7 +214,7 @@ def matrix(figure: Mapping[str, Any]) -> Markup | None:
     domains = list(dict.fromkeys(str(row["trained_on"]) for row in rows))
     if not any(row[up] is not None for row in rows):
         return None
-    left, top, tall = 84.0, 40.0, 46.0
+    left, top, tall = 84.0, 40.0, 60.0
     wide = (WIDTH - left) / len(domains)
     parts = [Markup('<text class="tick" x="0" y="12">latents of ↓, trained on →</text>')]
     for place, name in enumerate(domains):
@@ -226,7 +226,8 @@ def matrix(figure: Mapping[str, Any]) -> Markup | None:
         y = top + tall * sources.index(str(row["latents_of"]))
         value, change = row[up], row["change"]
         if value is None:
-            parts.append(Markup('<text class="tick" x="{:.1f}" y="{:.1f}" text-anchor="middle">–</text>').format(x + wide / 2, y + 26))
+            nothing = Markup('<text class="tick" x="{:.1f}" y="{:.1f}" text-anchor="middle">–</text>')
+            parts.append(nothing.format(x + wide / 2, y + tall / 2 + 4))
             continue
         depth = min(1.0, max(0.0, value)) * 0.55
         fill = Markup('<rect class="heat" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" fill-opacity="{:.3f}"/>')
@@ -234,9 +235,9 @@ def matrix(figure: Mapping[str, Any]) -> Markup | None:
         below = Markup('<text class="tick" x="{:.1f}" y="{:.1f}" text-anchor="middle">{}</text>')
         moved = "" if change is None else points(change)
         kept = row.get("kept")
-        under = ", ".join([moved] * bool(moved) + ([] if kept is None else [f"{share(kept)} kept"]))
         parts += [fill.format(x + 1, y + 1, wide - 2, tall - 2, depth), text.format(x + wide / 2, y + 21, share(value))]
-        parts.append(below.format(x + wide / 2, y + 36, under))
+        under = [moved] * bool(moved) + ([] if kept is None else [f"{share(kept)} kept"])
+        parts += [below.format(x + wide / 2, y + 36 + 15 * line, words) for line, words in enumerate(under)]
         told.append(f"latents of {row['latents_of']}, trained on {row['trained_on']}: {share(value)} ({moved or 'no'} points from plain)")
     for place, name in enumerate(sources):
         parts.append(
