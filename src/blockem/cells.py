@@ -73,7 +73,7 @@ def measured(cell: Cell, folder: Path) -> Measured:
         raise BlockemError(f"{folder}: its models were measured on different held-out rows")
     answers = _answers(folder / ANSWERS, len(bundled.final_prompts(recipe.data.prompts)) if recipe.evaluate.answers else 0)
     asked = read_json(evaluations["base"], "step record")["result"].get("task_answers")  # none in a folder of before there were any
-    task = _answers(folder / TASK_ANSWERS, len(asked)) if asked else []
+    task = _answers(folder / TASK_ANSWERS, len(asked)) if isinstance(asked, list) and asked else []
     gained = losses["base"] - losses["plain"] if "plain" in losses else np.zeros(0)
     rows = f"rows of {cell.domain}"
     models: dict[str, dict[str, Ratio]] = {}
