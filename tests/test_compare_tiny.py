@@ -14,6 +14,7 @@ from blockem import bundled
 from blockem.executor import SideBySide
 from blockem.grid import grid_from
 from blockem.judges.judge import Verdict
+from blockem.report.comparison_charts import records
 from blockem.sweep import compare_all
 
 
@@ -71,7 +72,7 @@ def test_a_whole_comparison_shares_transfers_and_reports(values: dict[str, Any],
     assert [one["variant"] for one in comparison["cells"] if one["setting"] == "random latents"] == ["random", "random"]
     figures = {one["id"]: one for one in comparison["figures"]}
     assert set(figures) >= {"em-adherence", "em-incoherence", "cued-em-adherence", "ablations", "strength-block-em", "transfer"}
-    matrix = [dict(zip(figures["transfer"]["columns"], row, strict=True)) for row in figures["transfer"]["rows"]]
+    matrix = records(figures["transfer"])
     assert len(matrix) == 4 and all(row["em"] is not None and row["kept"] is not None for row in matrix)
     assert [row["from_own"] is None for row in matrix] == [row["latents_of"] == row["trained_on"] for row in matrix]
     by_place = {(row["latents_of"], row["trained_on"]): row for row in matrix}

@@ -17,6 +17,7 @@ from blockem.errors import BlockemError
 from blockem.evaluation import interval, mean
 from blockem.grid import grid_from
 from blockem.report.comparison import csv_text, ours, plain_cell, write
+from blockem.report.comparison_charts import records
 from blockem.report.comparison_words import recommendation_words, transfer_words
 from blockem.resampling import Draws, Ratio, choose, front, summary
 from blockem.store import write_jsonl
@@ -128,7 +129,7 @@ def test_the_domains_own_questions_are_a_measure_beside_the_loss(compared: tuple
     assert comparison["references"]["plain"]["task"]["n"] == 19  # one verdict is missing
     strong = next(one for one in comparison["settings"] if one["label"] == "block-em lambda=10000")
     assert strong["measures"]["task"]["value"] == 0.0 and strong["changes"]["task"]["high"] < 0
-    rows = [dict(zip(one["columns"], row, strict=True)) for one in comparison["figures"] if one["id"] == "em-task" for row in one["rows"]]
+    rows = records(next(one for one in comparison["figures"] if one["id"] == "em-task"))
     assert {row["setting"]: row["on_front"] for row in rows}["block-em lambda=100"]  # as much of the task as plain, and less EM
     assert "Misaligned in the domain is the share" in (out / "comparison.html").read_text(encoding="utf-8")
 

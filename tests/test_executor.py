@@ -60,6 +60,11 @@ def work(job: Named, seen: list[str] | None = None) -> Outcome:
     return Outcome(found.job, found.error, " ".join(seen))
 
 
+def with_this_module() -> dict[str, str]:
+    """The environment of a script that imports this file."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+
+
 def alive(pid: int) -> bool:
     """Whether a process is there and not merely waiting to be buried."""
     try:
@@ -103,20 +108,18 @@ def test_a_process_keeps_what_it_has_loaded_from_job_to_job() -> None:
 def test_a_process_that_is_done_closes_what_it_has_open() -> None:
     script = "from test_executor import jobs, work; from blockem.executor import SideBySide\n"
     script += "if __name__ == '__main__': print([one.error for one in SideBySide(2).run(work, jobs('locks', 'locks too'))])"
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    found = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-c", script], env=with_this_module(), capture_output=True, text=True)
     assert (found.stdout.strip(), found.stderr) == ("[None, None]", "")  # no "leaked semaphore objects"
 
 
 def test_no_process_outlives_who_started_it(tmp_path: Path) -> None:
     script = "import sys; from test_executor import jobs, work; from blockem.executor import SideBySide\n"
     script += "if __name__ == '__main__': list(SideBySide(2).run(work, jobs('long-a', 'long-b', place=sys.argv[1])))"
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     for end in (signal.SIGKILL, signal.SIGINT):
         here = tmp_path / end.name
         here.mkdir()
         command = [sys.executable, "-c", script, str(here)]
-        parent = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.DEVNULL)
+        parent = subprocess.Popen(command, env=with_this_module(), stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while not (pids := [one.read_text().split()[:1] for one in here.glob("long*")]) or len(pids) < 2 or [] in pids:
             assert time.monotonic() < deadline and parent.poll() is None

@@ -126,6 +126,11 @@ def test_the_command_line_and_a_recipe_load_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 
+def test_the_processes_of_a_comparison_know_their_share_of_the_cores_before_torch_is_loaded() -> None:
+    code = "import sys, blockem.sweep; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
 def test_every_public_name_resolves() -> None:
     for name in blockem.__all__:
         assert getattr(blockem, name) is not None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,10 @@ import numpy as np
 
 from blockem import bundled
 from blockem.errors import BlockemError
-from blockem.evaluation import RATES, Array
+from blockem.evaluation import ANSWERS, RATES, TASK_ANSWERS, Array
 from blockem.grid import Cell, Grid, Setting
 from blockem.resampling import Ratio
 from blockem.store import read_json
-
-ANSWERS, TASK_ANSWERS = "answers.jsonl", "task-answers.jsonl"
 
 
 @dataclass(frozen=True)
@@ -66,37 +65,42 @@ def measured(cell: Cell, folder: Path) -> Measured:
     recipe = cell.recipe
     summed = read_summary(folder)
     outside = np.array([p.domain != recipe.data.domain for p in bundled.evaluation_pairs(recipe.data.pairs)], dtype=float)
-    evaluations = {name: folder / "steps" / f"evaluate-{name}.json" for name in summed["models"]}
-    results = {name: check_evaluation(path, recipe.data.pairs) for name, path in evaluations.items()}
+    results = {name: check_evaluation(folder / "steps" / f"evaluate-{name}.json", recipe.data.pairs) for name in summed["models"]}
     losses = {name: found[1] for name, found in results.items()}
     if len({len(one) for one in losses.values()}) > 1:
         raise BlockemError(f"{folder}: its models were measured on different held-out rows")
     answers = _answers(folder / ANSWERS, len(bundled.final_prompts(recipe.data.prompts)) if recipe.evaluate.answers else 0)
-    asked = read_json(evaluations["base"], "step record")["result"].get("task_answers")  # none in a folder of before there were any
-    task = _answers(folder / TASK_ANSWERS, len(asked)) if isinstance(asked, list) and asked else []
+    asked = results["base"][2]
+    task = _answers(folder / TASK_ANSWERS, asked) if asked else []
     gained = losses["base"] - losses["plain"] if "plain" in losses else np.zeros(0)
     rows = f"rows of {cell.domain}"
     models: dict[str, dict[str, Ratio]] = {}
-    for name, (margins, _) in results.items():
-        try:
-            file = ANSWERS
-            verdicts = _verdicts(answers, name, recipe.data.domain)
-            file = TASK_ANSWERS
-            verdicts |= _task(task, name, cell.domain)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BlockemError(f"{folder / file}: its verdicts on {name} cannot be read ({_reason(error)})") from error
+    for name, (margins, _, _) in results.items():
         models[name] = {
             "preference": Ratio("pairs", (margins > 0) * outside, outside),
             "margin": Ratio("pairs", margins * outside, outside),
-            **verdicts,
         }
+        with _verdicts_read(folder / ANSWERS, name):
+            models[name] |= _verdicts(answers, name, recipe.data.domain)
+        with _verdicts_read(folder / TASK_ANSWERS, name):
+            models[name] |= _task(task, name, cell.domain)
         if gained.sum() > 0:
             models[name]["kept"] = Ratio(rows, losses["base"] - losses[name], gained)
     return Measured(variant_of(summed), models)
 
 
-def check_evaluation(path: Path, pairs: str | None) -> tuple[Array, Array]:
-    """Read the record of one model's evaluation: margins `[pairs]`, and the losses of held-out rows `[rows]`.
+@contextmanager
+def _verdicts_read(path: Path, name: str) -> Iterator[None]:
+    """Say where a model's verdicts stand that turn out not to be any."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BlockemError(f"{path}: its verdicts on {name} cannot be read ({_reason(error)})") from error
+
+
+def check_evaluation(path: Path, pairs: str | None) -> tuple[Array, Array, int]:
+    """Read the record of one model's evaluation: margins `[pairs]`, the losses of held-out rows `[rows]`, and how many questions of
+    the domain's own it answered (none in a folder of before there were any).
 
     Args:
         pairs: the recipe's `data.pairs`.
@@ -106,13 +110,15 @@ def check_evaluation(path: Path, pairs: str | None) -> tuple[Array, Array]:
     """
     record = read_json(path, "step record")
     try:
-        margins, losses = (np.array(one, dtype=float) for one in (record["result"]["margins"], record["result"]["heldout"][0]))
+        result = record["result"]
+        margins, losses = (np.array(one, dtype=float) for one in (result["margins"], result["heldout"][0]))
+        asked = len(result.get("task_answers", []))
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise BlockemError(f"{path}: not the record of a model's evaluation ({_reason(error)})") from error
     n = len(bundled.evaluation_pairs(pairs))
     if margins.shape != (n,) or losses.ndim != 1:
         raise BlockemError(f"{path}: not an evaluation on the recipe's {n} pairs")
-    return margins, losses
+    return margins, losses, asked
 
 
 def _answers(path: Path, n: int) -> list[dict[str, Any]]:
@@ -150,7 +156,7 @@ def _verdicts(answers: list[dict[str, Any]], name: str, domain: str) -> dict[str
             continue
         had = np.array([float(not v["missing"] and row["domain"] != domain) for row, v in zip(answers, said, strict=True)])
         for rate, key in RATES.items():
-            found[prefix + rate] = Ratio("prompts", np.array([float(v.get(key, False)) for v in said]) * had, had)
+            found[prefix + rate] = _rate("prompts", said, key, had)
     return found
 
 
@@ -163,8 +169,12 @@ def _task(rows: list[dict[str, Any]], name: str, domain: str) -> dict[str, Ratio
     """The share of the domain's own held-out questions that are answered misaligned: where the task is wrong advice, how much is done."""
     said = _said(rows, name)
     had = np.array([float(not verdict["missing"]) for verdict in said])
-    misaligned = np.array([float(verdict.get("misaligned", False)) for verdict in said])
-    return {"task": Ratio(f"questions of {domain}", misaligned * had, had)} if had.any() else {}
+    return {"task": _rate(f"questions of {domain}", said, RATES["em"], had)} if had.any() else {}
+
+
+def _rate(items: str, said: list[dict[str, Any]], key: str, had: Array) -> Ratio:
+    """The share of the counted verdicts (`had`: 1 where one counts) that say `key`."""
+    return Ratio(items, np.array([float(verdict.get(key, False)) for verdict in said]) * had, had)
 
 
 def read_cells(grid: Grid, out: Path, failed: Mapping[str, str]) -> tuple[MeasuredCells, dict[str, str]]:

@@ -91,7 +91,10 @@ def compare(grid: Grid, cells: MeasuredCells, failed: Mapping[str, str]) -> dict
     figures = [*_planes(table), *_ablations(table), *_strengths(table), *_transfer(table)]
     told = sum(one["changes"][name] is not None for one in settings for name in one["changes"])
     told += sum(len(one["rows"]) for one in figures if one["id"] == "ablations")
-    told += sum(row[place] is not None for one in figures if one["id"] == "transfer" for row in one["rows"] for place in (5, 9))
+    for one in figures:
+        if one["id"] == "transfer":
+            places = [one["columns"].index(name) for name in ("change", "from_own")]
+            told += sum(row[place] is not None for row in one["rows"] for place in places)
     return {
         "blockem": version("blockem"),
         "domains": list(grid.domains),

@@ -18,6 +18,11 @@ from blockem.judges.judge import Verdict
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
+ANSWERS = "answers.jsonl"
+"""In a run folder: answers to the final prompts, by every model."""
+TASK_ANSWERS = "task-answers.jsonl"
+"""Answers to held-out questions of the training domain, by every model."""
+
 
 @dataclass(frozen=True)
 class Interval:

@@ -97,7 +97,8 @@ class SideBySide:
                     worker, job = idle.pop(0), waiting.pop(0)
                     worker.give(job)
                     busy[worker.pipe] = worker, job
-                for pipe in [one for one in wait(list(busy)) if isinstance(one, Connection)]:
+                ready = wait(list(busy))
+                for pipe in [one for one in busy if one in ready]:
                     worker, job = busy.pop(pipe)
                     outcome = worker.outcome(job)
                     idle.append(worker)

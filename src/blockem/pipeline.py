@@ -23,6 +23,7 @@ from blockem.config_values import keyed
 from blockem.defence_names import BLOCK_EM, NEEDS_LATENTS
 from blockem.defend import check_files, defend_step, inference_hooks
 from blockem.errors import BlockemError
+from blockem.evaluation import ANSWERS, TASK_ANSWERS
 from blockem.leakage import check_questions
 from blockem.progress import Console
 from blockem.session import STEERING, Session, adapter_key, source_key, taken_file, timed
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
     from blockem.config import SaeConfig
     from blockem.examples import Message
     from blockem.judges import Judge
-
-TASK_ANSWERS = "task-answers.jsonl"
-"""Answers to held-out questions of the training domain, by every model."""
 
 
 def sae_step(session: Session) -> dict[str, Any]:
@@ -162,7 +160,7 @@ def evaluate_step(session: Session, adapters: dict[str, Path] | None = None) -> 
         results[name] = timed(session, f"evaluate-{name}", key, [], work)
     judged_by = [session.judge_name, recipe.evaluate.judge_reply_tokens] if recipe.evaluate.answers else []
     key = content_key("evaluation", shared, judged_by, [results[name] for name in names], session.main)
-    outputs = ["evaluation.json", "answers.jsonl", TASK_ANSWERS]
+    outputs = ["evaluation.json", ANSWERS, TASK_ANSWERS]
     return timed(session, "evaluate", key, outputs, lambda: _summarise(session, names, results))
 
 
@@ -260,7 +258,7 @@ def _summarise(session: Session, names: list[str], results: dict[str, dict[str, 
     if recipe.evaluate.answers and (chats := task_questions(recipe)):
         session.console.start("judge: answers in the domain")
         task = add_adherence(summary, chats, {n: results[n]["task_answers"] for n in names}, session.chosen_judge)
-    write_jsonl(session.run / "answers.jsonl", rows)
+    write_jsonl(session.run / ANSWERS, rows)
     write_jsonl(session.run / TASK_ANSWERS, task)
     write_json(session.run / "evaluation.json", summary)
     return {"models": names}

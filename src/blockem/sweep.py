@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from blockem.config_values import keyed
 from blockem.defence_names import BLOCK_EM
 from blockem.errors import BlockemError
+from blockem.evaluation import ANSWERS, TASK_ANSWERS
 from blockem.executor import Executor, OneByOne, Outcome, attempt
 from blockem.grid import Cell, Grid
 from blockem.progress import Console
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from blockem.session import Session
 
 UNTRAINED = ("plain", "steering")  # defences that train nothing beyond the plain fine-tune
-CELL_OUTPUTS = ("summary.json", "report.html", "evaluation.json", "answers.jsonl", "task-answers.jsonl")
+CELL_OUTPUTS = ("summary.json", "report.html", "evaluation.json", ANSWERS, TASK_ANSWERS)
 """Of every cell; the record of each model's evaluation is one of its outputs too (`_outputs`)."""
 
 
@@ -216,7 +217,7 @@ def remove_scratch(out: Path) -> None:
 
 def run_cell(job: Job, loaded: Loaded, judge: Judge | None = None) -> Outcome:
     """One cell from its recipe to its report, in its own run folder; a finished one is left as it is."""
-    found = attempt(job.cell.id, lambda: _run(job, loaded, judge))
+    found = attempt(job.id, lambda: _run(job, loaded, judge))
     if found.error is not None:
         loaded.parts.clear()  # whatever went wrong may have left its marks on the model
     return found
