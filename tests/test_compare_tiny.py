@@ -96,5 +96,7 @@ def test_side_by_side_ends_with_the_figures_of_one_by_one(values: dict[str, Any]
     for one, other in zip(alone["settings"], together["settings"], strict=True):
         for name, found in one["measures"].items():
             assert found is None or other["measures"][name]["value"] == pytest.approx(found["value"], abs=1e-5), (one["label"], name)
-    plains = [tmp_path / "together/cells" / cell.id / "plain/adapter_model.safetensors" for cell in grid.cells]
-    assert len({one.stat().st_ino for one in plains}) == 1
+    cells = [tmp_path / "together/cells" / cell.id for cell in grid.cells]
+    assert len({(one / "plain/adapter_model.safetensors").stat().st_ino for one in cells}) == 1
+    for step in ("plain", "evaluate-base", "evaluate-plain"):  # seconds and all: done once
+        assert len({(one / "steps" / f"{step}.json").read_text() for one in cells}) == 1

@@ -5,26 +5,29 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from blockem.errors import BlockemError
 from blockem.sharing import SharingFolder, take
 
 OUTPUTS = ["plain/adapter_model.safetensors", "training-plain.jsonl"]
 
 
-def train(folder: SharingFolder, key: str, calls: list[str]) -> tuple[Any, bool]:
-    def work() -> dict[str, Any]:
-        calls.append(key)
-        (folder / "plain").mkdir(parents=True, exist_ok=True)
-        (folder / "plain/adapter_model.safetensors").write_text(key)
-        (folder / "plain/adapter_config.json").write_text("{}")
-        (folder / "training-plain.jsonl").write_text("row")
-        return {"seconds": 3}
+def work_of(folder: SharingFolder, key: str, calls: list[str]) -> dict[str, Any]:
+    calls.append(key)
+    (folder / "plain").mkdir(parents=True, exist_ok=True)
+    (folder / "plain/adapter_model.safetensors").write_text(key)
+    (folder / "plain/adapter_config.json").write_text("{}")
+    (folder / "training-plain.jsonl").write_text("row")
+    return {"seconds": 3}
 
-    return folder.step("plain", key, OUTPUTS, work)
+
+def train(folder: SharingFolder, key: str, calls: list[str]) -> tuple[Any, bool]:
+    return folder.step("plain", key, OUTPUTS, lambda: work_of(folder, key, calls))
 
 
 def test_a_step_with_the_same_key_is_adopted_with_all_its_files(tmp_path: Path) -> None:
@@ -77,6 +80,48 @@ def test_a_step_that_another_process_leaves_at_the_same_time_is_taken_as_left(tm
     assert train(SharingFolder(tmp_path / "one", tmp_path / "shared"), "k", calls) == ({"seconds": 3}, False)
     assert (place / "first").is_file() and [one.name for one in (tmp_path / "shared").iterdir()] == ["plain-k"]
     assert train(SharingFolder(tmp_path / "two", tmp_path / "shared"), "k", calls) == ({"seconds": 3}, True) and calls == ["k"]
+
+
+def test_a_step_that_another_run_is_at_is_waited_for_and_taken(tmp_path: Path) -> None:
+    asked, said = threading.Event(), list[str]()
+
+    def say(text: str) -> None:
+        said.append(text)
+        asked.set()
+
+    one = SharingFolder(tmp_path / "one", tmp_path / "shared")
+    two = SharingFolder(tmp_path / "two", tmp_path / "shared", say)
+    calls: list[str] = []
+    found: list[tuple[Any, bool]] = []
+    second = threading.Thread(target=lambda: found.append(train(two, "k", calls)))
+
+    def work() -> dict[str, Any]:
+        second.start()
+        assert asked.wait(30)
+        return work_of(one, "k", calls)
+
+    assert one.step("plain", "k", OUTPUTS, work) == ({"seconds": 3}, False)
+    second.join(30)
+    assert found == [({"seconds": 3}, True)] and calls == ["k"] and said == ["plain: another run is at it; waiting"]
+    assert [path.name for path in (tmp_path / "shared").iterdir()] == ["plain-k"]
+
+
+def test_a_run_whose_forerunner_fails_does_the_step_itself(tmp_path: Path) -> None:
+    asked = threading.Event()
+    one = SharingFolder(tmp_path / "one", tmp_path / "shared")
+    two = SharingFolder(tmp_path / "two", tmp_path / "shared", lambda _: asked.set())
+    calls: list[str] = []
+    second = threading.Thread(target=lambda: train(two, "k", calls))
+
+    def work() -> None:
+        second.start()
+        assert asked.wait(30)
+        raise BlockemError("diverged")
+
+    with pytest.raises(BlockemError, match="diverged"):
+        one.step("plain", "k", OUTPUTS, work)
+    second.join(30)
+    assert calls == ["k"] and [path.name for path in (tmp_path / "shared").iterdir()] == ["plain-k"]
 
 
 def test_other_steps_stay_with_their_run(tmp_path: Path) -> None:

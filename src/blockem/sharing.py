@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockem.store import RunFolder, disk_errors, write_json
+from blockem.store import RunFolder, disk_errors, held, write_json
 
 SHARED_STEPS = ("sae", "plain", "discover", "contrasts-blocked", "contrasts-anchor", "evaluate-base", "evaluate-plain")
 LINKED = ".safetensors"  # never written in place, so that two names for one file cannot disturb each other
@@ -23,14 +23,30 @@ LINKED = ".safetensors"  # never written in place, so that two names for one fil
 
 @dataclass
 class SharingFolder(RunFolder):
-    """A run folder that takes the steps of `SHARED_STEPS` from `shared` and leaves its own there."""
+    """A run folder that takes the steps of `SHARED_STEPS` from `shared` and leaves its own there.
+
+    A step that another process is at is waited for, and then taken.
+
+    Attributes:
+        say: is told when this one waits.
+    """
 
     shared: Path
+    say: Callable[[str], None] = lambda _: None
 
     def step(self, name: str, key: str, outputs: list[str], work: Callable[[], Any], sealed: Iterable[str] = ()) -> tuple[Any, bool]:
         if name not in SHARED_STEPS:
             return super().step(name, key, outputs, work, sealed)
         kept = RunFolder(self.shared / f"{name}-{key}")
+        if kept.finished(name, key, outputs) is not None:
+            return self._share(name, key, outputs, work, sealed, kept)
+        with held(self.shared / f".{name}-{key}.lock", lambda: self.say(f"{name}: another run is at it; waiting")):
+            return self._share(name, key, outputs, work, sealed, kept)
+
+    def _share(
+        self, name: str, key: str, outputs: list[str], work: Callable[[], Any], sealed: Iterable[str], kept: RunFolder
+    ) -> tuple[Any, bool]:
+        """Take the step if it is kept, else do it and leave it."""
         if self.finished(name, key, outputs) is None:
             record = kept.finished(name, key, outputs)
             if record is not None:
@@ -42,7 +58,7 @@ class SharingFolder(RunFolder):
         return result, reused
 
     def _leave(self, name: str, key: str, outputs: list[str], kept: RunFolder) -> None:
-        """Make a shared step of an own one, whole or not at all; where another process has just left it, that one stays."""
+        """Make a shared step of an own one, whole or not at all; where another machine has just left it, that one stays."""
         place = kept.path
         with disk_errors(place):
             self.shared.mkdir(parents=True, exist_ok=True)

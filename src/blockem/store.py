@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from blockem.errors import BlockemError
 
@@ -177,6 +177,38 @@ def check_replaceable(out: Path, mark: str, what: str) -> None:
         raise BlockemError(f"{out} is a file; choose a folder of the {what}'s own with --out")
     if out.is_dir() and any(out.iterdir()) and not (out / mark).is_file():
         raise BlockemError(f"{out} holds other files and no {what}, and they would be lost; choose a folder of the {what}'s own with --out")
+
+
+@contextmanager
+def held(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock file `path`, after `waiting()` and a wait where another process holds it; the file is gone afterwards.
+
+    The lock is the kernel's, so one that a killed process held is free.
+    """
+    while True:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting()
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(path, file):  # who held it has removed it meanwhile
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @dataclass

@@ -65,9 +65,10 @@ def plain_group(recipe: Recipe) -> str:
 
 
 def waves(grid: Grid) -> list[list[Cell]]:
-    """Cells in an order in which shared work is done once: one of each group, then the rest, then those that need another's latents.
+    """Cells in an order in which shared work is done soon: one of each group, then the rest, then those that need another's latents.
 
-    The cells of one wave do not need each other. The first of a group is one of block-em where there is any, since it also discovers.
+    The cells of one wave do not need each other; what they share, the first that comes to it does (`SharingFolder`). The first of a group
+    is one of block-em where there is any, since it also discovers.
     """
     own = [cell for cell in grid.cells if cell.setting.kind == "defence" and cell.setting.name == BLOCK_EM]
     first: dict[str, Cell] = {}
@@ -75,7 +76,7 @@ def waves(grid: Grid) -> list[list[Cell]]:
         first.setdefault(plain_group(cell.recipe), cell)
     leaders = [cell for cell in grid.cells if first.get(plain_group(cell.recipe)) is cell]
     others = [cell for cell in grid.cells if cell not in leaders and cell.latents_of is None]
-    return [wave for wave in (leaders, others, [cell for cell in grid.cells if cell.latents_of is not None]) if wave]
+    return [wave for wave in ([*leaders, *others], [cell for cell in grid.cells if cell.latents_of is not None]) if wave]
 
 
 def plan(grid: Grid, out: Path) -> dict[str, Any]:
@@ -209,10 +210,12 @@ def _note(outcome: Outcome, out: Path, console: Console, failed: dict[str, str])
 
 
 def remove_scratch(out: Path) -> None:
-    """What a killed comparison left half copied."""
+    """What a killed comparison left half copied or held."""
     for folder in (out / "shared", *(out / "cells").glob("*")):
         for one in (*folder.glob(".making-*"), *folder.glob(".taking-*")):
             shutil.rmtree(one, ignore_errors=True)
+    for lock in (out / "shared").glob(".*.lock"):
+        lock.unlink(missing_ok=True)
 
 
 def run_cell(job: Job, loaded: Loaded, judge: Judge | None = None) -> Outcome:
@@ -260,7 +263,8 @@ def _open(job: Job, loaded: Loaded, judge: Judge | None) -> Session:
             shared.mkdir(parents=True, exist_ok=True)
             loaded.judges[name] = judge_of(wanted, shared / "verdicts.sqlite")
         judge = loaded.judges[name]
-    session = Session(recipe, SharingFolder(job.out / "cells" / job.id, shared), Console(job.quiet, job.id if job.mixed else ""), judge)
+    console = Console(job.quiet, job.id if job.mixed else "")
+    session = Session(recipe, SharingFolder(job.out / "cells" / job.id, shared, console.say), console, judge)
     for name in ("lm", "dictionary"):
         if (found := loaded.parts.get(_part_key(session, name))) is not None:
             session.__dict__[name] = found
