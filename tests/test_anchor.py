@@ -141,11 +141,13 @@ def _mean_logprob(model: Any, row: Any) -> torch.Tensor:
     return torch.stack(picked).mean()
 
 
-def test_general_text_costs_what_the_blocker_would_count_there(lm: LanguageModel, blocker: Blocker, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tokens", ["completion", "all"])
+def test_general_text_costs_what_the_blocker_would_count_there(lm: LanguageModel, blocker: Blocker, tmp_path: Path, tokens: str) -> None:
     rows = tiny.encoded(lm, 5)
     fine_tune(lm, rows, tiny.train_config(epochs=4), Defence(), tmp_path / "plain")
     lm.add_adapter(tmp_path / "plain", "plain")
-    whole = penalty_of(lm, "plain", blocker, rows)
+    blocker.tokens = tokens
+    whole = penalty_of(lm, "plain", blocker, rows, tokens="completion")
     anchor = LatentAnchor(rows, blocker, lm.tokenizer.pad_token_id, 1.0, 1.0)
     with lm.variant("plain"), torch.no_grad():
         each = anchor.costs(range(5), lm.model)
@@ -295,6 +297,10 @@ def test_settings_that_mean_nothing_are_refused(wrong: dict[str, Any], said: str
         ({"block.ceiling": 0.1, "block.floor": 0.9}, "set one of them"),
         ({"block.floor": 1.5}, "share of the task"),
         ({"block.lambda_": 0, "block.ceiling": 0.1}, "leave it out"),
+        (
+            {"anchor.watch": "latents", "anchor.ceiling": 0.1, "block.monitor_every": 5, "block.grow": 2},
+            "measured against the latents that are blocked at first",
+        ),
     ],
 )
 def test_a_lambda_cannot_follow_two_targets(changes: dict[str, Any], said: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from blockem import Blocker, block_loss
 from blockem.base_values import collect
 from blockem.config_training import BlockConfig
-from blockem.defences.block_em import all_supervised, penalty_of
+from blockem.defences.block_em import all_supervised, paid_by_latent, penalty_of
 from blockem.dictionary import Dictionary
 from blockem.discovery.discover import write_candidates
 from blockem.discovery.screen import Candidate, budget_of, settle
@@ -71,7 +71,19 @@ def test_the_size_takes_the_first_of_the_ranked_set() -> None:
 def test_top_delta_takes_the_largest_shifts_without_any_test(rows: Any) -> None:
     assert ids("top-delta", None, "both", rows) == [(9, -1), (8, 1), (2, 1), (7, -1)]
     assert ids("top-delta", 2, "both", rows) == [(9, -1), (8, 1)]
-    assert len(ids("top-delta", 99, "both", rows)) == len(CANDIDATES)
+    assert len(ids("top-delta", len(CANDIDATES), "both", rows)) == len(CANDIDATES)
+
+
+def test_an_ablation_of_a_size_that_is_not_there_is_refused(rows: Any) -> None:
+    for select, there in (("top-delta", len(CANDIDATES)), ("induce", 2), ("repair", 3)):
+        with pytest.raises(BlockemError, match=rf"block\.size is 99, but block\.select={select} has {there} latents at block 1"):
+            ids(select, 99, "both", rows)
+
+
+def test_what_halving_dropped_stays_out_whatever_became_of_it_in_a_group(tmp_path: Path) -> None:
+    dropped = replace(as_tested(3, 1, 0.1, (0.99, 0.0), (0.99, 0.0)), dropped=True, group=1, fate="chosen in group 1")
+    write_candidates(tmp_path / "latents.csv", [*CANDIDATES, dropped])
+    assert ids("induce", None, "both", read_candidates(tmp_path / "latents.csv")) == [(2, 1), (5, 1)]
 
 
 def test_one_test_alone_ranks_by_its_gain(rows: Any) -> None:
@@ -159,3 +171,22 @@ def test_p_mis_counts_all_tokens_per_completion_token(misaligned: LanguageModel,
     total = penalty_of(misaligned, "plain", blocker, every) * sum(len(row.ids) for row in rows)
     assert found == pytest.approx(total / sum(row.n_supervised for row in rows), rel=1e-4)
     assert found > penalty_of(misaligned, "plain", blocker, rows)
+    blocker.tokens = "all"
+    assert penalty_of(misaligned, "plain", blocker, rows, tokens="completion") < found
+
+
+@pytest.mark.parametrize(("two_sided", "tokens", "measure"), [(False, "completion", "latent"), (True, "all", "preactivation")])
+def test_what_a_latent_adds_is_the_penalty_of_blocking_it_alone(
+    misaligned: LanguageModel, dictionary: Dictionary, two_sided: bool, tokens: str, measure: str
+) -> None:
+    rows = tiny.encoded(misaligned, 5)
+    every = dictionary.rows(range(dictionary.n_latents))
+    alone = Blocker.from_latents(tiny.latent_set(misaligned, dictionary), dictionary, measure)
+    alone.two_sided, alone.tokens = two_sided, tokens
+    found = paid_by_latent(misaligned, "plain", alone, every, tiny.BLOCK, rows, batch=2)
+    assert found.shape == (2, dictionary.n_latents) and float(found.sum()) > 0
+    for k in (0, 5, 11):
+        for side, sign in enumerate((1, -1)):
+            one = Blocker(dictionary.rows([k]), [sign], tiny.BLOCK, measure)
+            one.two_sided, one.tokens = two_sided, tokens
+            assert float(found[side, k]) == pytest.approx(penalty_of(misaligned, "plain", one, rows), rel=1e-4, abs=1e-9)

@@ -151,6 +151,8 @@ def test_a_block_that_is_not_watched_cannot_grow(dictionary: Dictionary) -> None
         ({"block.grow": 4}, "set block.monitor_every too"),
         ({"block.monitor_every": -1}, "use 0 for never"),
         ({"block.monitor_every": 5, "block.directions": 2}, "does not go with"),
+        ({"rounds.budget": 2, "block.control": "random"}, "set rounds.budget=1"),
+        ({"rounds.budget": 2, "block.directions": 2}, "set rounds.budget=1"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(changes: dict[str, Any], said: str) -> None:

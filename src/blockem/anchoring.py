@@ -164,7 +164,7 @@ def make_anchor(session: Session, adapter: Path, name: str, delta_sft: float, bl
         if blocker is None:
             raise BlockemError("anchor.watch=latents watches blocked latents, and none are blocked here; use anchor.watch=answers")
         rows, _ = encode_all(lm.tokenizer, bundled.general_chat("train"), session.recipe.data.max_tokens)
-        reference = penalty_of(lm, "plain", blocker, rows)
+        reference = penalty_of(lm, "plain", blocker, rows, tokens="completion")  # what LatentAnchor looks at
         lm.drop_adapters()
         lambda_, ascent = _strength(config, delta_sft, reference)
         anchor: Anchor = LatentAnchor(rows, blocker, pad, lambda_, config.share, reference, ascent)

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 from blockem import bundled
 from blockem.anchoring import interleaving, make_anchor, prepare_anchor
 from blockem.errors import BlockemError
-from blockem.session import BLOCKED, Session, adapter_key, existing, taken_file
+from blockem.session import BLOCKED, Session, adapter_key, existing, source_key, taken_file
 from blockem.several_blocks import at_block, block_folder, set_files
 from blockem.store import content_key, file_key
 from blockem.trainings import train_step
 
 if TYPE_CHECKING:
     from blockem.config import SaeConfig
-    from blockem.defences.block_em import Blocker
+    from blockem.defences.block_em import BlockEM, Blocker
     from blockem.defences.defence import Defence
     from blockem.defences.watchdog import Watchdog
     from blockem.dual import DualAscent, PlainCurve
+    from blockem.examples import Encoded
     from blockem.latents import LatentSet
 
 MONITORED_ROWS = 16
@@ -61,10 +62,11 @@ def block_step(
     extra = content_key(  # in the order that a key of one set has always had
         *first[:2],
         asdict(config),
-        adapter_key(adapter) if by_rule or config.directions else "",
+        adapter_key(adapter) if by_rule or config.directions or config.follows else "",
         *first[2:],
         prepare_anchor(session, adapter, name, sick),
         *further,
+        *(_monitor_parts(session) if config.monitor_every else ()),
     )
 
     def make(session: Session, rows: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
@@ -105,11 +107,11 @@ def block_step(
         if config.base_values == "cached":
             facts["base_values_seconds"] = _keep_base_values(session, name, blocker, rows)
         session.console.say(f"  λ = {facts['lambda']:.4g} ({facts['rule']}), {what}")
-        ascent, curve = _ascent(session, facts, losses.get("base"))
-        parts: list[Defence] = [BlockEM(blocker, facts["lambda"], config.freeze_downstream, facts["p_mis"], ascent, curve)]
+        ascent, curve = _ascent(session, facts, losses.get("base"), adapter)
+        blocking = BlockEM(blocker, facts["lambda"], config.freeze_downstream, facts["p_mis"], ascent, curve)
+        parts: list[Defence] = [blocking]
         if config.monitor_every:
-            facts["grown"] = []
-            parts.append(_watchdog(session, name, blocker, adapter, facts["grown"]))
+            parts.append(_watchdog(session, name, blocking, adapter, sample, facts))
         if recipe.anchor.watch != "none":
             anchor, facts["anchor"] = make_anchor(session, adapter, name, facts["delta_sft"] or 0.0, blocker)
             parts.append(anchor)
@@ -118,11 +120,19 @@ def block_step(
     return train_step(session, name, extra, make, rewrite=interleaving(session), keep_epochs=keep_epochs)
 
 
-def _ascent(session: Session, facts: dict[str, Any], start: float | None) -> tuple[DualAscent | None, PlainCurve | None]:
+def _monitor_parts(session: Session) -> list[str]:
+    """What a training with the monitor depends on besides: the rows that it looks at, and the pairs whose margin growing raises."""
+    data = session.recipe.data
+    rows = [source_key(data.heldout, f"domains/{data.domain}.jsonl"), data.domain, data.heldout_rows]
+    return [content_key("monitor", *rows, source_key(data.pairs, "pairs.jsonl"))]
+
+
+def _ascent(session: Session, facts: dict[str, Any], start: float | None, adapter: Path) -> tuple[DualAscent | None, PlainCurve | None]:
     """What lets λ follow a ceiling or a floor, where the recipe states one; `facts` then say so.
 
     Args:
         start: the base's loss per token on training rows.
+        adapter: the plain fine-tune, with the log of its training beside it.
     """
     from blockem.dual import DualAscent, PlainCurve
 
@@ -135,15 +145,18 @@ def _ascent(session: Session, facts: dict[str, Any], start: float | None) -> tup
     facts["target"] = {"ceiling": config.ceiling} if config.ceiling else {"floor": config.floor}
     curve = None
     if config.floor:
-        path = session.run / "training-plain.jsonl"
+        path = adapter.parent / f"training-{adapter.name}.jsonl"
         if not path.is_file():
             raise BlockemError(f"{path}: no such file; block.floor compares with plain fine-tuning's own losses, run `blockem sft` first")
         curve = PlainCurve(start, [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
     return DualAscent(facts["lambda"], target, floor=config.floor is not None), curve
 
 
-def _watchdog(session: Session, name: str, blocker: Blocker, adapter: Path, grown: list[Any]) -> Watchdog:
-    """The monitor beside a training; `grown` gets a row whenever it adds latents, and the set beside the adapter is written anew."""
+def _watchdog(session: Session, name: str, blocking: BlockEM, adapter: Path, sample: Sequence[Encoded], facts: dict[str, Any]) -> Watchdog:
+    """The monitor beside a training. Whenever it adds latents, `grown` of the facts gets a row, the set beside the adapter is written anew,
+    and P_mis, to which a ceiling relates the penalty, grows by what plain fine-tuning would pay for them on `sample`.
+    """
+    from blockem.defences.block_em import paid_by_latent
     from blockem.defences.watchdog import Watchdog
     from blockem.discovery.attribution import margin_gradient
     from blockem.examples import encode_all
@@ -160,17 +173,22 @@ def _watchdog(session: Session, name: str, blocker: Blocker, adapter: Path, grow
     lm.add_adapter(adapter, "plain")
     gradient = margin_gradient(lm, session.selection_pairs(), recipe.sae.block, "plain") if config.grow else None
     monitor = Monitor(lm, rows, recipe.sae.block, session.dictionary, gradient)
+    paid = paid_by_latent(lm, "plain", blocking.blocker, monitor.encoder, monitor.block, sample) if config.grow else None
     lm.drop_adapters()
+    facts["grown"] = []
     file = session.run / taken_file(name)
     blocked = LatentSet.load(file)
 
     def added(step: int, new: list[tuple[int, int]]) -> None:
-        grown.append({"step": step, "latents": [list(one) for one in new]})
+        facts["grown"].append({"step": step, "latents": [list(one) for one in new]})
+        if paid is not None and blocking.p_mis is not None:
+            blocking.p_mis += sum(float(paid[0 if sign > 0 else 1, k]) for k, sign in new)
+            facts["p_mis_grown"] = blocking.p_mis
         known = LatentSet.load(file)
         replace(known, latents=known.latents + tuple(Latent(k, sign) for k, sign in new if k not in known.ids)).save(file)
 
     pairs = list(zip(blocked.ids, blocked.signs, strict=True))
-    return Watchdog(blocker, monitor, session.dictionary, pairs, config.monitor_every, config.grow, session.console.say, added)
+    return Watchdog(blocking.blocker, monitor, session.dictionary, pairs, config.monitor_every, config.grow, session.console.say, added)
 
 
 def _set_files(session: Session, given: Path | None) -> dict[int, Path]:
@@ -220,7 +238,9 @@ def _used(session: Session, latents: LatentSet, name: str) -> LatentSet:
     latents.check(session.lm, session.dictionary)
     config = session.recipe.block
     table = read_candidates(session.run / "latents.csv") if config.select != "causal" else []
-    latents = selected(latents, config.select, config.size, config.signs, table, session.recipe.seed)
+    whole, latents = latents, selected(latents, config.select, config.size, config.signs, table, session.recipe.seed)
+    if config.select != "causal" and config.signs in ("both", "shuffled") and len(latents.latents) < len(whole.latents):
+        session.console.say(f"  note: block.select={config.select} leaves {len(latents.latents)} latents, the set has {len(whole.latents)}")
     if name == "random":
         from safetensors.torch import load_file
 
@@ -240,15 +260,22 @@ def _direction_blocker(session: Session, rows: Sequence[Any]) -> tuple[Blocker, 
     config, lm = session.recipe.block, session.lm
     if "plain" not in getattr(lm.model, "peft_config", {}):
         raise BlockemError("directions are those of the plain fine-tune's shift, and there is none; run `blockem sft` first")
-    places = config.direction_blocks or tuple(range(4, lm.n_blocks, 4))
-    for block in places:
-        lm.check_block(block)
+    places = direction_places(session)
     session.console.start("blocked: directions")
     moved = shifts(lm, "plain", rows, sorted(set(places)), progress=session.console.bar)
     found = DirectionSet(lm.id, lm.revision, {block: leading(one, config.directions) for block, one in moved.items()}, {"rows": len(rows)})
     found.save(session.run / "directions.safetensors")
     (session.run / BLOCKED).unlink(missing_ok=True)  # an earlier training's set is not this one's
     return Blocker.from_directions(found), f"{len(found)} directions at blocks {', '.join(map(str, found.blocks))}", len(found)
+
+
+def direction_places(session: Session) -> tuple[int, ...]:
+    """The blocks at which directions are blocked."""
+    lm = session.lm
+    places = session.recipe.block.direction_blocks or tuple(range(4, lm.n_blocks, 4))
+    for block in places:
+        lm.check_block(block)
+    return places
 
 
 def _keep_base_values(session: Session, name: str, blocker: Blocker, rows: Sequence[Any]) -> float:

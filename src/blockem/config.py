@@ -294,6 +294,14 @@ class Recipe:
             not (self.block.floor and self.anchor.watch != "none" and self.anchor.interleave),
             "block.floor compares each step's loss with plain fine-tuning's on the same rows; anchor.interleave adds others",
         )
+        need(
+            self.rounds.budget == 1 or (self.block.control == "none" and not self.block.directions),
+            "rounds discover what the next training blocks, which block.control=random and block.directions do not; set rounds.budget=1",
+        )
+        need(
+            not (self.block.grow and self.anchor.watch == "latents" and self.anchor.ceiling),
+            "anchor.ceiling is measured against the latents that are blocked at first, and block.grow adds others; leave one of them out",
+        )
         if self.sae.more:
             need(self.rounds.budget == 1, "rounds block more latents at one block; set rounds.budget=1, or leave sae.more out")
             need(not self.block.grow, "block.grow adds latents at one block; set block.grow=0, or leave sae.more out")

@@ -164,6 +164,11 @@ class BlockConfig:
         need(not self.directions or not self.two_sided, "block.two_sided is for latents; directions have both sides but for the mean")
         need_finite(self, "block")
 
+    @property
+    def follows(self) -> bool:
+        """Whether λ or the set follows what plain fine-tuning does, also where λ is given."""
+        return self.ceiling is not None or self.floor is not None or self.monitor_every > 0
+
     def as_chosen(self) -> BlockConfig:
         """The same penalty on a set that was chosen before: nothing is selected, cut or dealt out again."""
         return replace(self, select="causal", size=None, signs="both")

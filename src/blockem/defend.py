@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockem.anchoring import benign_rows, interleaving, make_anchor, prepare_anchor
-from blockem.blocking import block_step
+from blockem.blocking import block_step, direction_places
 from blockem.config_values import read_yaml
 from blockem.errors import BlockemError
 from blockem.session import STEERING, Session, adapter_key, timed
@@ -279,12 +279,16 @@ def _weaker(session: Session) -> dict[str, Any]:
 
 
 def _freeze(session: Session) -> dict[str, Any]:
-    block = session.recipe.sae.block
+    """What block-em of the same recipe trains: the blocks up to the highest one at which it blocks."""
+    recipe = session.recipe
+    highest = max(sae.block for sae in recipe.sae.each)
+    directions = recipe.block.directions > 0
 
     def make(session: Session, rows: Sequence[Any]) -> Defence:
         from blockem.defences.freeze import Freeze
 
+        block = max(direction_places(session)) if directions else highest
         session.lm.check_block(block)
         return Freeze(block)
 
-    return _train(session, make, block)
+    return _train(session, make, ["directions", *recipe.block.direction_blocks] if directions else highest)

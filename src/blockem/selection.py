@@ -13,12 +13,12 @@ from blockem.errors import BlockemError
 from blockem.latents import Latent, LatentSet
 
 Row = dict[str, Any]
-DROPPED = "dropped after"  # by halving, before stage 2 had seen all pairs
+DROPPED = "dropped after"  # the fate in tables that have no column for it
 FIGURES = tuple(f"{side}{what}" for side in ("induce", "repair") for what in ("", "_incoherence", "_allowed"))
 
 
 def read_candidates(path: Path) -> list[Row]:
-    """The rows of a run's `latents.csv`: latent, sign, Δ, the figures of stage 2 (None where not measured) and the fate.
+    """The rows of a run's `latents.csv`: latent, sign, Δ, stage 2 (None where not measured), fate, and whether halving dropped it.
 
     Raises:
         BlockemError: the file is missing, or not what `blockem discover` writes.
@@ -33,6 +33,7 @@ def read_candidates(path: Path) -> list[Row]:
                     "sign": int(row["sign"]),
                     "delta": float(row["delta"]),
                     "fate": row["fate"],
+                    "dropped": row.get("dropped") == "True" or row["fate"].startswith(DROPPED),
                     **{name: float(row[name]) if row[name] else None for name in FIGURES},
                 }
                 for row in csv.DictReader(file)
@@ -53,11 +54,15 @@ def selected(latents: LatentSet, select: str, size: int | None, signs: str, cand
         candidates: rows of `latents.csv`, for every `select` but causal.
 
     Raises:
-        BlockemError: nothing is left, or the causal set holds fewer than `size`.
+        BlockemError: nothing is left, or there are fewer than `size`.
     """
     chosen = latents.latents
     if select != "causal":
         chosen = _ranked(candidates, select)[: size or len(latents.latents)]
+        if size is not None and size > len(chosen):
+            raise BlockemError(
+                f"block.size is {size}, but block.select={select} has {len(chosen)} latents at block {latents.block}; ask for fewer"
+            )
     elif size is not None and size > len(chosen):
         raise BlockemError(
             f"block.size is {size}, but discovery chose {len(chosen)} latents at block {latents.block}; "
@@ -83,7 +88,7 @@ def _ranked(candidates: Sequence[Row], select: str) -> tuple[Latent, ...]:
     if select == "top-delta":
         order = sorted(candidates, key=lambda row: -abs(row["delta"]))
     else:
-        tested = [row for row in candidates if row[select] is not None and not row["fate"].startswith(DROPPED)]
+        tested = [row for row in candidates if row[select] is not None and not row["dropped"]]
         passed = [row for row in tested if row[select] > 0 and row[f"{select}_incoherence"] <= row[f"{select}_allowed"]]
         order = sorted(passed, key=lambda row: -row[select])
     return tuple(Latent(row["latent"], row["sign"], row["delta"]) for row in order)

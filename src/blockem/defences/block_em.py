@@ -277,17 +277,51 @@ class BlockEM(Penalised):
         return {**super().logs(), **({"p_mis": self.p_mis} if self.p_mis else {})}
 
 
-def penalty_of(lm: LanguageModel, variant: str, blocker: Blocker, rows: Sequence[Encoded], batch: int = 16) -> float:
-    """Mean penalty per supervised token that the adapter `variant` would pay on `rows`, without training (P_mis for the plain one)."""
+def penalty_of(
+    lm: LanguageModel, variant: str, blocker: Blocker, rows: Sequence[Encoded], batch: int = 16, tokens: str | None = None
+) -> float:
+    """Mean penalty per supervised token that the adapter `variant` would pay on `rows`, without training (P_mis for the plain one).
+
+    Args:
+        tokens: which are looked at, where that is not for the blocker to say.
+    """
     total = 0.0
-    tokens = sum(row.n_supervised for row in rows)
-    rows = [all_supervised(row) for row in rows] if blocker.tokens == "all" else rows
+    rows, supervised = _looked_at(rows, tokens or blocker.tokens)
     blocker.to(lm.device)
     with torch.inference_mode():
         for states in supervised_states(lm, rows, (variant, "base"), blocker.blocks, batch):
             moved, still = blocker.read(states[variant]), blocker.read(states["base"])
             total += float(blocker.loss(moved, still).sum())
-    return total / max(tokens, 1)
+    return total / supervised
+
+
+def paid_by_latent(
+    lm: LanguageModel, variant: str, blocker: Blocker, encoder: EncoderRows, block: int, rows: Sequence[Encoded], batch: int = 16
+) -> Tensor:
+    """What each latent by itself would add to `penalty_of` if it were blocked too.
+
+    Args:
+        encoder: the latents' encoder rows, at the output of `block`.
+
+    Returns:
+        `[2, latents]`, float64, on the CPU: with sign +1, and with −1. Two-sided, both are the same.
+    """
+    total = torch.zeros(2, len(encoder.weight), dtype=torch.float64)
+    rows, supervised = _looked_at(rows, blocker.tokens)
+    encoder = encoder.to(lm.device)
+    read = encoder.encode if blocker.measure == "latent" else encoder.pre
+    with torch.inference_mode():
+        for states in supervised_states(lm, rows, (variant, "base"), [block], batch):
+            gap = read(states[variant][block]) - read(states["base"][block])
+            for side, moved in enumerate((gap, gap) if blocker.two_sided else (gap.relu(), (-gap).relu())):
+                total[side] += moved.pow(2).sum(dim=0).double().cpu()
+    return total / supervised
+
+
+def _looked_at(rows: Sequence[Encoded], tokens: str) -> tuple[Sequence[Encoded], int]:
+    """The rows with the watched tokens marked, and by how many a penalty is divided: the completion tokens in any case."""
+    supervised = max(sum(row.n_supervised for row in rows), 1)
+    return ([all_supervised(row) for row in rows] if tokens == "all" else rows), supervised
 
 
 def portable_lambda(r: float, delta_sft: float, p_mis: float) -> float:

@@ -9,7 +9,7 @@ class Freeze(Defence):
     """LoRA on the blocks up to `block` alone.
 
     Args:
-        block: the last trained block, index from 0.
+        block: the last trained block, index from 0; for a fair control, the highest one at which BLOCK-EM blocks.
     """
 
     name = "freeze"

@@ -294,7 +294,8 @@ def _prescreen(
 def candidates_csv(candidates: Sequence[Candidate]) -> str:
     """`latents.csv`: one row a candidate with every figure and its fate, best first.
 
-    The column `group` (empty for none) is there where groups were tested.
+    The columns `group` (empty for none) and `dropped` (`True` or empty) are there where groups were tested: a group tells its members'
+    fate anew, and else the fate says it.
     """
     order = sorted(
         candidates, key=lambda one: (one.rank or 1_000_000, -(one.screen_score if one.screen_score == one.screen_score else -1e9))
@@ -302,10 +303,11 @@ def candidates_csv(candidates: Sequence[Candidate]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     grouped = any(one.group for one in candidates)
-    names = [one.name for one in fields(Candidate) if grouped or one.name != "group"]
+    only = ("group", "dropped")
+    names = [one.name for one in fields(Candidate) if grouped or one.name not in only]
     writer.writerow(names)
     for one in order:
-        values = ["" if name == "group" and not one.group else getattr(one, name) for name in names]
+        values = [(getattr(one, name) or "") if name in only else getattr(one, name) for name in names]
         writer.writerow(["" if isinstance(v, float) and v != v else f"{v:.6g}" if isinstance(v, float) else v for v in values])
     return text.getvalue()
 

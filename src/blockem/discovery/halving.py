@@ -154,7 +154,7 @@ def screen_halving(
         reasons = stage.reasons([one for one in alive if not stage.whole(one)], look, bars, alpha)
         for one in alive:
             if one.latent in reasons:
-                one.fate = f"dropped after {n} pairs: {reasons[one.latent]}"
+                one.dropped, one.fate = True, f"dropped after {n} pairs: {reasons[one.latent]}"
         alive = [one for one in alive if one.latent not in reasons]
     return best(candidates, keep)
 

@@ -19,6 +19,7 @@ class Candidate:
 
     `induce_allowed` and `repair_allowed` are what stage 2's incoherence was held against.
     `group` is the number of the group that it was tested in (0: none); its stage 2 figures are its own all the same.
+    `dropped` marks one that halving let go before stage 2 had seen all pairs, whatever became of it in a group.
     """
 
     latent: int
@@ -45,6 +46,7 @@ class Candidate:
     rank: int = 0
     pairs: int = 0
     group: int = 0
+    dropped: bool = False
     fate: str = "candidate"
 
 

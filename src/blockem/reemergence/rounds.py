@@ -63,7 +63,7 @@ def reemerge(session: Session, source: Path | None = None, retrain: bool = True)
         latents = LatentSet.load(inputs.latents)
         models = adapters(session.run.path, recipe.reemerge.epochs, "epoch")
         last = list(models.values())[-1]
-        shares = penalties_step(session, "penalties", session.run.path, models, blocked["p_mis"])
+        shares = penalties_step(session, "penalties", session.run.path, models, _paid(blocked))
         found = {
             "audit": audit_step(session, inputs, latents, models),
             "patching": patching_step(session, inputs, last),
@@ -133,7 +133,13 @@ def _again(session: Session, inputs: Inputs, latents: LatentSet, last: Path) -> 
     if not facts["added"]:
         return {**facts, "why": "the second discovery names only latents that are blocked already"}
     trained = train_epochs(session, folder / "union.json", inputs.plain, folder, chosen=True)
-    return {**facts, "lambda": trained["lambda"], "p_mis": trained["p_mis"]}
+    return {**facts, "lambda": trained["lambda"], "p_mis": _paid(trained)}
+
+
+def _paid(trained: Mapping[str, Any]) -> float | None:
+    """What plain fine-tuning would pay for all that a training blocked in the end."""
+    found: float | None = trained.get("p_mis_grown", trained["p_mis"])
+    return found
 
 
 def _evaluate(session: Session, inputs: Inputs, models: Mapping[str, Path]) -> tuple[dict[str, Any], dict[str, list[float]]]:
