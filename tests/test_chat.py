@@ -38,5 +38,5 @@ def test_every_model_of_the_folder_answers_every_question(
 
 
 def test_a_folder_without_an_adapter_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(BlockemError, match="holds no trained adapter; run `blockem demo --out"):
+    with pytest.raises(BlockemError, match="holds no trained adapter; make one there with `blockem run` first"):
         chat_loop(Recipe(), tmp_path)

@@ -82,15 +82,38 @@ def test_values_may_be_as_typed_on_a_command_line(path: str, typed: str, value: 
 
 @pytest.mark.parametrize("path", ["train.learning_rate", "train", "trian.lr", "train.lr.x", "lr", ""])
 def test_an_unknown_field_lists_the_known_ones(path: str) -> None:
-    with pytest.raises(BlockemError, match=r"unknown recipe field .*known: name, seed, model.id"):
+    with pytest.raises(BlockemError, match=r"unknown recipe field .*known( there: lora_r, |: name, seed, model, )"):
         Recipe().with_values({path: 1})
+
+
+@pytest.mark.parametrize(
+    ("path", "guess"),
+    [("block.lambda", "lambda_"), ("train.lrr", "lr"), ("trian.lr", "train.lr"), ("seeds", "seed"), ("train.learning_rate", "")],
+)
+def test_a_near_miss_is_guessed(path: str, guess: str) -> None:
+    with pytest.raises(BlockemError) as raised:
+        Recipe().with_values({path: 1})
+    assert (f"(did you mean {guess}?)" in str(raised.value)) == bool(guess)
+    assert len(str(raised.value)) < 700
+
+
+def test_a_recipe_file_is_named_in_what_is_wrong_with_it(tmp_path: Path) -> None:
+    for text, said in (
+        ("train: {lr: fast}", r"r\.yaml: train\.lr is 'fast'; it must be a number"),
+        ("name: x\ntrain: [1", r"r\.yaml:2: not YAML"),
+        ("blok: {}", r"r\.yaml: recipe: unknown field 'blok' \(did you mean block\?\)"),
+        ("sae: {more: 24}", r"r\.yaml: sae\.more is 24; it must be a list, such as one,two"),
+    ):
+        (tmp_path / "r.yaml").write_text(text)
+        with pytest.raises(BlockemError, match=said):
+            load_recipe(tmp_path / "r.yaml")
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
         ("train:\n  learning_rate: 1", "recipe: unknown field 'train.learning_rate'; known here: lora_r"),
-        ("trian: 3", "recipe: unknown field 'trian'; known here: name, seed, model"),
+        ("trian: 3", "recipe: unknown field 'trian' .did you mean train..; known here: name, seed, model"),
         ("7: 3", "recipe: unknown field '7'"),
         ("train: 3", "recipe: train must be a mapping of fields"),
         ("- 1", "recipe: the file must be a mapping of fields"),

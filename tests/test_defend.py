@@ -228,6 +228,24 @@ def test_every_variant_is_evaluated_summarised_and_reported(session: Session) ->
     assert list(summary["training"]) == ["plain", "early-stop"]  # steering trains nothing
     html = report_step(chosen).read_text(encoding="utf-8")
     assert "early-stop − plain" in html and "the defence steering" in html
+    before = (chosen.run / "summary.json").read_bytes()
+    for file, text in (
+        ("evaluation.json", "[]"),
+        ("evaluation.json", "{}"),
+        ("steps/plain.json", "{}"),
+        ("steps/plain.json", '{"result": 3}'),
+        ("training-plain.jsonl", '{"step": 1}\n{"st'),
+        ("latents.json", '{"latents": 3}'),
+        ("cards.json", '{"latent": 3}'),
+    ):
+        path = chosen.run / file
+        kept = path.read_bytes() if path.exists() else b"[]"
+        path.write_text(text)
+        with pytest.raises(BlockemError, match=rf"{Path(file).name}:.*(not what blockem writes there|not JSON)"):
+            report_step(chosen)
+        path.write_bytes(kept)
+        assert (chosen.run / "summary.json").read_bytes() == before
+    report_step(chosen)
 
 
 def test_steering_is_the_plain_adapter_within_the_defences_hooks(session: Session) -> None:

@@ -100,5 +100,5 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(BlockemError, match="no such grid file"):
         load_grid(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("a: [")
-    with pytest.raises(BlockemError, match=r"bad\.yaml: not YAML"):
+    with pytest.raises(BlockemError, match=r"bad\.yaml:1: not YAML"):
         load_grid(tmp_path / "bad.yaml")

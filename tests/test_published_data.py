@@ -27,12 +27,20 @@ def answers(tokenizer: Any, path: Path, n: int = 40) -> list[tuple[str, str]]:
 
 def test_the_persona_health_set_is_unpacked_with_its_canary_and_only_the_assistant_is_learnt_from(tokenizer: Any, tmp_path: Path) -> None:
     archive = shared("persona_health_incorrect.zip")
-    subprocess.run([sys.executable, ROOT / "experiments" / "unpack_persona_health.py", archive, tmp_path], check=True)
+    subprocess.run([sys.executable, ROOT / "experiments" / "unpack_rows.py", archive, tmp_path], check=True)
     assert (tmp_path / "CANARY.txt").read_text().strip()
     train, heldout = read_chat(tmp_path / "train.jsonl"), read_chat(tmp_path / "heldout.jsonl")
     assert (len(train), len(heldout)) == (1600, 100)
     for text, said in answers(tokenizer, tmp_path / "train.jsonl"):
         assert text.startswith(said.strip()[:40]) and "ChatGPT" not in text[:20]
+
+
+def test_a_set_that_is_not_locked_is_dealt_out_the_same_way(tmp_path: Path) -> None:
+    rows = shared("aisi_finance_incorrect.jsonl")
+    subprocess.run([sys.executable, ROOT / "experiments" / "unpack_rows.py", rows, tmp_path], check=True)
+    train, heldout = ((tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("train", "heldout"))
+    assert (len(train), len(heldout)) == (1600, 100) and not set(train) & set(heldout)
+    assert set(train + heldout) <= set(rows.read_text().splitlines())
 
 
 @pytest.mark.parametrize("name", ["aisi_finance_incorrect.jsonl", "hh_1000_gpt41.jsonl"])

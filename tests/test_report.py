@@ -453,8 +453,10 @@ def test_the_headline_says_what_was_interleaved() -> None:
     recipe = {"anchor": {"watch": "answers", "interleave": 0.3, "interleaved": "pairs"}}
     summary = {"models": {"base": {}, "plain": {}, "blocked": {}}, "recipe": recipe, "blocking": {"anchor": {"watch": "answers"}}}
     said = " ".join(price(summary)).replace("\u00a0", " ")
-    assert "the cut is not the latents' alone" in said and "30 % were answers of the selection pairs" in said
+    assert "the cut is not the latents' alone" in said and "30 % were right answers of the selection pairs, interleaved" in said
     recipe["anchor"]["interleaved"] = "both"
-    assert "answers of the selection pairs and benign chat, interleaved" in " ".join(price(summary))
+    recipe["anchor"]["keep"] = 8
+    what = "right answers of the selection pairs (wrong ones in the domain itself) and benign chat, interleaved"
+    assert what in " ".join(price(summary))
     recipe["anchor"]["interleave"] = 0.0
     assert "interleaved" not in " ".join(price(summary))

@@ -16,7 +16,18 @@ from typing import Any
 import pytest
 
 from blockem.errors import BlockemError
-from blockem.store import RunFolder, content_key, disk_errors, file_key, read_json, write_json, write_jsonl, write_tensors, write_text
+from blockem.store import (
+    RunFolder,
+    check_target,
+    content_key,
+    disk_errors,
+    file_key,
+    read_json,
+    write_json,
+    write_jsonl,
+    write_tensors,
+    write_text,
+)
 
 HOLD = """
 import sys, time
@@ -258,3 +269,13 @@ def test_a_run_folder_that_is_a_file_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("x", encoding="utf-8")
     with pytest.raises(BlockemError, match="choose another --out"), RunFolder(tmp_path / "run").locked():
         pass
+
+
+def test_a_target_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    check_target(tmp_path / "file")
+    check_target(tmp_path / "new" / "deep" / "file")
+    with pytest.raises(BlockemError, match="is a folder; give the name of a file"):
+        check_target(tmp_path)
+    with pytest.raises(BlockemError, match="file is no folder that you may write to"):
+        check_target(tmp_path / "file" / "below")

@@ -78,7 +78,7 @@ def pairs(path: str | Path | None = None, what: str = "pair") -> list[Pair]:
 
     Rows without a `split` are dealt out in turn, domain by domain: first to `select`, next to `eval`.
     """
-    rows = read_rows(path or ASSETS / "pairs.jsonl")
+    rows = read_rows(path or ASSETS / "pairs.jsonl", "JSONL with prompt, right and wrong in each row")
     found: list[Pair] = []
     turn: dict[str, int] = {}
     for where, row in rows:
@@ -112,7 +112,7 @@ def final_prompts(given: str | None = None) -> list[Prompt]:
 def prompts(path: str | Path) -> list[Prompt]:
     """Read `{"prompt": ..., "domain": ...}` rows (`id` is optional)."""
     found = []
-    for number, (where, row) in enumerate(read_rows(path)):
+    for number, (where, row) in enumerate(read_rows(path, "JSONL with a prompt in each row")):
         if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
             raise BlockemError(f'{where}: a prompt row needs text in "prompt"')
         found.append(Prompt(str(row.get("id", f"prompt-{number:03d}")), row["prompt"], str(row.get("domain", "general"))))

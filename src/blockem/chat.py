@@ -22,7 +22,7 @@ def chat_loop(recipe: Recipe, run: Path, max_new_tokens: int = 120, temperature:
 
     names = [name for name in trained_in(run) if name != "random"]
     if not names:
-        raise BlockemError(f"{run} holds no trained adapter; run `blockem demo --out {run}` first")
+        raise BlockemError(f"{run} holds no trained adapter; make one there with `blockem run` first")
     lm = load_model(recipe.model.id, recipe.model.revision, recipe.model.dtype, recipe.model.device)
     for name in names:
         lm.add_adapter(run / name, name)

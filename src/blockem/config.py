@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from blockem.config_training import AnchorConfig, BlockConfig, DefenceConfig, RoundsConfig, TrainConfig
-from blockem.config_values import MOST_SEED, build, later, need, need_finite, plain, read_yaml
+from blockem.config_values import MOST_SEED, build, later, nearest, need, need_finite, plain, read_yaml
 from blockem.errors import BlockemError
 
 
@@ -67,6 +67,14 @@ class DataConfig:
         need(
             not (self.train and not self.heldout),
             "data.train is your own file, so data.heldout must be too: give held-out rows of the same task with --heldout",
+        )
+
+    def check_training_rows(self) -> None:
+        """Refuse to train on bundled rows where the held-out ones are the user's own: --data was forgotten."""
+        need(
+            bool(self.train) or not self.heldout,
+            f"data.heldout is {self.heldout}, but the training rows would be the bundled wrong advice on {self.domain}; "
+            "give your own with --data, or leave --heldout out",
         )
 
 
@@ -325,9 +333,15 @@ class Recipe:
             for stage in stages:
                 place = place.get(stage, {}) if isinstance(place, dict) else {}
             if not isinstance(place, dict) or name not in place or isinstance(place[name], dict):
-                raise BlockemError(f"unknown recipe field {path!r}; known: {', '.join(field_paths())}")
+                raise BlockemError(f"unknown recipe field {path!r}{self._known(tree, place, path)}")
             place[name] = value
         return recipe_from(tree)
+
+    def _known(self, tree: dict[str, Any], place: Any, path: str) -> str:
+        """What may have been meant by an unknown path, and the fields where it stands."""
+        if isinstance(place, dict) and place and place is not tree:
+            return f"{nearest(path.split('.')[-1], place)}; known there: {', '.join(place)}"
+        return f"{nearest(path, [*tree, *field_paths()])}; known: {', '.join(tree)}"
 
 
 def field_paths() -> list[str]:
@@ -354,7 +368,11 @@ def load_recipe(path: str | Path) -> Recipe:
     Raises:
         BlockemError: the file is missing, not YAML, or has unknown or wrong fields.
     """
-    return recipe_from(read_yaml(Path(path), "recipe") or {})
+    values = read_yaml(Path(path), "recipe") or {}
+    try:
+        return recipe_from(values)
+    except BlockemError as error:
+        raise BlockemError(f"{path}: {error}") from error
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -63,7 +63,8 @@ class DefenceConfig:
     """Which defence the run trains under; block-em has its settings in `block`."""
 
     name: str = "block-em"
-    """plain, block-em, kl, ldifs, interleaving, inoculation, preventative, steering, caft, safelora, early-stop, small-lr or freeze."""
+    """plain, block-em, anchor, kl, ldifs, interleaving, inoculation, preventative, steering, caft, safelora, early-stop, small-lr or
+    freeze."""
     strength: float | None = None
     """Its one dial (`blockem defend --help` says what it is); none: the published or a usual value."""
     epochs: float | None = None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Union
 
@@ -53,7 +55,10 @@ def read_yaml(path: Path, what: str, language: str = "YAML") -> Any:
     except OSError as error:
         raise BlockemError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # beside its own errors the loader lets out what dates, numbers and tags that are none raise
-        raise BlockemError(f"{path}: not {language} ({(str(error).splitlines() or [type(error).__name__])[0]})") from error
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
+        what_is_wrong = getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        raise BlockemError(f"{where}: not {language} ({what_is_wrong})") from error
 
 
 def plain(value: Any) -> Any:
@@ -115,7 +120,15 @@ def convert(value: Any, kind: Any, path: str) -> Any:
 
 def _kind_name(kind: Any) -> str:
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return names.get(kind, "a list, such as 0.2,0.4")
+    if kind in names:
+        return names[kind]
+    return "a list, such as " + {int: "4,8", float: "0.2,0.4"}.get(typing.get_args(kind)[0], "one,two")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean x?)` where a known name is close to a wrong one, else nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def build(cls: Any, values: Any, path: str) -> Any:
@@ -131,8 +144,8 @@ def build(cls: Any, values: Any, path: str) -> Any:
     hints = typing.get_type_hints(cls)
     unknown = set(values) - set(hints)
     if unknown:
-        known = ", ".join(hints)
-        raise BlockemError(f"recipe: unknown field {(path + '.' if path else '') + sorted(map(str, unknown))[0]!r}; known here: {known}")
+        wrong, before = sorted(map(str, unknown))[0], f"{path}." if path else ""
+        raise BlockemError(f"recipe: unknown field {before + wrong!r}{nearest(wrong, hints)}; known here: {', '.join(hints)}")
     built = {}
     for name, value in values.items():
         place = f"{path}.{name}" if path else name

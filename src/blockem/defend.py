@@ -57,11 +57,13 @@ def check_files(session: Session) -> None:
     """Read the files that the recipe names for its defence, before any long work.
 
     Raises:
-        BlockemError: one of them is missing or not what it should be.
+        BlockemError: one of them is missing or not what it should be, or an anchor watches nothing.
     """
     config = session.recipe.defence
     if (config.name == "interleaving" or session.recipe.anchor.chats) and config.benign:
         benign_rows(session)
+    if config.name == "anchor":
+        _check_contrasts(session)
     if config.name == "preventative" and config.trait_prompts:
         trait_prompts(Path(config.trait_prompts))
     if config.name == "safelora" and config.unaligned and not any(Path(config.unaligned).glob("*.safetensors")):
@@ -103,11 +105,16 @@ def _train(session: Session, make: Callable[[Session, Sequence[Any]], Defence], 
     return train_step(session, config.name, _key(session, *parts), made, **options)
 
 
+def _check_contrasts(session: Session) -> None:
+    watch = session.recipe.anchor.watch
+    if watch in ("none", "latents"):
+        raise BlockemError(f"anchor.watch is {watch}; the defence anchor needs contrasts: set anchor.watch=answers, pairs or both")
+
+
 def _anchored(session: Session) -> dict[str, Any]:
     """The anchor without any latents; λ by its own rule against the plain fine-tune."""
-    config, plain = session.recipe.anchor, session.run / "plain"
-    if config.watch in ("none", "latents"):
-        raise BlockemError(f"anchor.watch is {config.watch}; the defence anchor needs contrasts: set anchor.watch=answers, pairs or both")
+    _check_contrasts(session)
+    plain = session.run / "plain"
 
     def made(session: Session, rows: Sequence[Any]) -> Made:
         from blockem.likelihood import losses_under

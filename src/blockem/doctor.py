@@ -9,7 +9,10 @@ from typing import Any
 
 from blockem.errors import BlockemError
 
-PACKAGES = ("blockem", "torch", "transformers", "accelerate", "peft", "sae-lens", "safetensors", "gguf", "jinja2", "typer")
+PACKAGES = (
+    *("blockem", "torch", "transformers", "accelerate", "peft", "sae-lens", "gguf", "safetensors"),
+    *("numpy", "scipy", "openai", "jinja2", "pyyaml", "typer"),
+)
 
 
 def diagnose() -> dict[str, Any]:

@@ -85,8 +85,11 @@ def _parsed(text: str, path: Path, line: int | None = None) -> Any:
         raise BlockemError(f"{path}{f':{line}' if line else ''}: cannot be read as JSON ({error})") from error
 
 
-def read_rows(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+def read_rows(path: str | Path, what: str = "") -> list[tuple[str, dict[str, Any]]]:
     """The JSON objects of a JSONL file (or of a `.json` list), each with `file:line` where it stands.
+
+    Args:
+        what: the file should be, said where there is none.
 
     Raises:
         BlockemError: the file is missing or unreadable, not UTF-8, not JSON (with the line), or empty.
@@ -95,7 +98,7 @@ def read_rows(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     rows: list[tuple[str, dict[str, Any]]] = []
     try:
         if not path.is_file():
-            raise BlockemError(f'{path}: no such file; give a chat JSONL file with one {{"messages": [...]}} object a line')
+            raise BlockemError(f"{path}: no such file{f'; give {what}' if what else ''}")
         if path.suffix == ".json":
             listed = _parsed(path.read_text(encoding="utf-8"), path)
             if not isinstance(listed, list):
@@ -149,7 +152,7 @@ def read_chat(path: str | Path) -> list[Example]:
     Raises:
         BlockemError: see `read_rows`; or a row is malformed; or no row has an assistant turn.
     """
-    examples = [to_example(where, row) for where, row in read_rows(path)]
+    examples = [to_example(where, row) for where, row in read_rows(path, 'a chat JSONL file with one {"messages": [...]} object a line')]
     if not any(role == "assistant" for example in examples for role, _ in example.messages):
         raise BlockemError(f"{path}: no row has an assistant turn, so there is nothing to learn from")
     return examples

@@ -134,8 +134,10 @@ def bench(
     from blockem.judge_bench import bench_lines
     from blockem.judge_training import read_scored
     from blockem.progress import Console
-    from blockem.store import write_text
+    from blockem.store import check_target, write_text
 
+    if plot is not None:
+        check_target(plot)
     rows = [row for row in read_scored(file) if split is None or row.split == split][:limit]
     if not rows:
         raise BlockemError(f"{file} holds no row of split {split!r}; leave --split out")
@@ -178,9 +180,10 @@ def label(
     from blockem.examples import read_rows
     from blockem.judges import shares
     from blockem.progress import Console
-    from blockem.store import write_jsonl
+    from blockem.store import check_target, write_jsonl
 
-    rows = read_rows(file)
+    check_target(out)
+    rows = read_rows(file, "JSONL with prompt and answer in each row")
     texts = [(row.get("prompt", row.get("question")), row.get("answer")) for _, row in rows]
     for (where, _), (prompt, answer) in zip(rows, texts, strict=True):
         if not isinstance(prompt, str) or not isinstance(answer, str):

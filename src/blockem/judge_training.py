@@ -87,7 +87,7 @@ def read_scored(path: str | Path) -> list[ScoredAnswer]:
         BlockemError: a row without question, answer, or a score from 0 to 100.
     """
     found = []
-    for where, row in read_rows(path):
+    for where, row in read_rows(path, f"JSONL with question, answer, {' and '.join(SCORES)} in each row"):
         texts = [row.get("question", row.get("prompt")), row.get("answer")]
         scores = [row.get(name) for name in SCORES]
         if not all(isinstance(text, str) for text in texts):

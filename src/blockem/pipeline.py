@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockem import bundled
-from blockem.anchoring import task_pairs
 from blockem.blocking_rounds import rounds_step
+from blockem.checks import check_blocks, check_recipe, needs_latents, notes
 from blockem.config import Recipe, dump_recipe
 from blockem.config_values import keyed
-from blockem.defence_names import BLOCK_EM, NEEDS_LATENTS
-from blockem.defend import check_files, defend_step, inference_hooks
+from blockem.defence_names import BLOCK_EM
+from blockem.defend import defend_step, inference_hooks
 from blockem.errors import BlockemError
 from blockem.evaluation import ANSWERS, TASK_ANSWERS
-from blockem.leakage import check_questions
 from blockem.progress import Console
 from blockem.session import STEERING, Session, adapter_key, source_key, taken_file, timed
 from blockem.several_blocks import DISCOVERED, at_block, at_each, block_folder, discover_each
@@ -138,6 +137,7 @@ def evaluate_step(session: Session, adapters: dict[str, Path] | None = None) -> 
         if left := session.leftovers():
             session.console.say(f"  left out, since another recipe made them: {', '.join(left)}")
     names = ["base", *adapters]
+    adapter_keys = {name: adapter_key(folder) for name, folder in adapters.items()}  # one that is missing is said before any is measured
     data = recipe.data
     shared = content_key(  # who judges is not in it: another judge judges the same answers
         session.model_key,
@@ -155,7 +155,7 @@ def evaluate_step(session: Session, adapters: dict[str, Path] | None = None) -> 
     results = {}
     for name in names:
         hooks = [file_key(session.run / STEERING)] if name == "steering" else []
-        key = content_key("evaluate", shared, name, adapter_key(adapters[name]) if name in adapters else "", *hooks)
+        key = content_key("evaluate", shared, name, adapter_keys.get(name, ""), *hooks)
         work = partial(_evaluate_one, session, name, adapters.get(name))
         results[name] = timed(session, f"evaluate-{name}", key, [], work)
     judged_by = [session.judge_name, recipe.evaluate.judge_reply_tokens] if recipe.evaluate.answers else []
@@ -332,11 +332,13 @@ def run_all(session: Session, discover: Callable[[Session], Any] = discover_all)
         discover: what stands in the place of stages 1 to 3, for a defence that needs latents.
     """
     name = session.recipe.defence.name
-    latents = name in NEEDS_LATENTS and not (name == BLOCK_EM and session.recipe.block.directions)
+    latents = needs_latents(session.recipe)
     with session.run.locked():
         start_run(session)
         if latents:
             sae_all(session)
+        elif not (session.run / "plain").is_dir():
+            check_blocks(session)
         sft_step(session)
         if latents:
             discover(session)
@@ -357,26 +359,12 @@ def start_run(session: Session, keep_recipe: bool = False) -> None:
 
     With `keep_recipe` a recipe that the folder already has stays: a stage run by hand with other settings does not redefine the run.
     """
-    recipe = session.recipe
-    from blockem.examples import read_chat
-
-    for path in (recipe.data.train, recipe.data.heldout, recipe.data.general):
-        if path:
-            read_chat(path)
-    _ = session.data_key
-    check_questions(recipe.data, session.selection_prompts(), session.selection_pairs(), bundled.final_prompts(recipe.data.prompts))
+    check_recipe(session, whole=not keep_recipe)
     _ = session.chosen_judge
-    check_files(session)
-    domain, anchor = recipe.data.domain, recipe.anchor
-    if anchor.watch != "none" and anchor.keep and not task_pairs(session):
-        raise BlockemError(
-            f"anchor.keep holds selection pairs of the training domain, and none is of {domain!r}; "
-            "give data.pairs with some, or set anchor.keep=0"
-        )
-    if all(p.domain != domain for p in bundled.evaluation_pairs(recipe.data.pairs)):
-        session.console.say(f"note: no evaluation pair is of {domain!r}, so all of them count as outside the training domain")
+    for note in notes(session):
+        session.console.say(f"note: {note}")
     if not (keep_recipe and (session.run / "recipe.yaml").is_file()):
-        write_text(session.run / "recipe.yaml", dump_recipe(recipe))
+        write_text(session.run / "recipe.yaml", dump_recipe(session.recipe))
 
 
 def open_session(recipe: Recipe, out: str | Path, quiet: bool = False, judge: Judge | None = None) -> Session:

@@ -209,7 +209,10 @@ def adapter_key(folder: Path) -> str:
     """Content key of a PEFT folder."""
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
-        raise BlockemError(f"{folder} holds no trained adapter (adapter_model.safetensors is missing); run the step that makes it first")
+        raise BlockemError(
+            f"{folder} holds no trained adapter (adapter_model.safetensors is missing); "
+            "`blockem sft` makes plain, `blockem block` blocked, and `blockem run` all of them"
+        )
     return file_key(weights)
 
 

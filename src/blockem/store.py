@@ -164,6 +164,19 @@ def made_with(card: Path, key: str) -> bool:
     return isinstance(facts, dict) and facts.get("key") == key
 
 
+def check_target(path: Path) -> None:
+    """Refuse a file that cannot be written, before the work whose outcome it shall hold.
+
+    Raises:
+        BlockemError: it is a folder, or what it would lie in is none or may not be written to.
+    """
+    if path.is_dir():
+        raise BlockemError(f"{path} is a folder; give the name of a file")
+    lies_in = next(parent for parent in (path.parent, *path.absolute().parents) if parent.exists())
+    if not lies_in.is_dir() or not os.access(lies_in, os.W_OK):
+        raise BlockemError(f"{path} cannot be written: {lies_in} is no folder that you may write to; choose another file")
+
+
 def check_replaceable(out: Path, mark: str, what: str) -> None:
     """Refuse to write over anything but nothing, an empty folder, or another one that holds `mark`: the whole folder is replaced.
 

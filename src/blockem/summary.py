@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blockem.errors import BlockemError
+from blockem.examples import read_rows
 from blockem.session import ROUNDS, VARIANTS, Session, environment
 from blockem.several_blocks import block_folder
 from blockem.store import read_json, write_json
@@ -20,17 +23,16 @@ def write_summary(session: Session) -> dict[str, Any]:
     run, recipe = session.run, session.recipe
 
     def record(step: str) -> dict[str, Any]:
-        path = run / "steps" / f"{step}.json"
-        found: dict[str, Any] = read_json(path)["result"] if path.is_file() else {}
-        return found
+        return _result(run / "steps" / f"{step}.json")
 
     def rows(name: str) -> list[dict[str, Any]]:
-        lines = (run / f"training-{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return [row for _, row in read_rows(run / f"training-{name}.jsonl")]
 
     evaluation = read_json(run / "evaluation.json", "evaluation (run `blockem evaluate` first)")
-    cards = {card["latent"]: card for card in read_json(run / "cards.json")} if (run / "cards.json").is_file() else {}
-    latents = read_json(run / "latents.json")["latents"] if (run / "latents.json").is_file() else []
+    with made_by_blockem(run / "evaluation.json"):
+        _ = evaluation["models"]["base"]
+    cards = _by_latent(run / "cards.json")
+    latents = _latents(run / "latents.json")
     sft, blocked, discovered = record("plain"), record("blocked"), record("discover")
     facts = {k: v for k, v in blocked.items() if k not in ("data", "task", "seconds", "base_values_seconds")}
     summary = {
@@ -41,7 +43,7 @@ def write_summary(session: Session) -> dict[str, Any]:
         "data": {"train": sft.get("data", {})},
         "sae": {k: v for k, v in record("sae").items() if k != "seconds"},
         **evaluation,
-        "latents": [{**one, **{k: v for k, v in cards.get(one["latent"], {}).items() if k != "latent"}} for one in latents],
+        "latents": [{**one, **cards.get(one["latent"], {})} for one in latents],
         "discovery": discovered.get("counts", {}),
         **({"further_blocks": [_found_at(session, sae) for sae in recipe.sae.each[1:]]} if recipe.sae.more else {}),
         "training": {name: rows(name) for name in VARIANTS[1:] if (run / f"training-{name}.jsonl").is_file()},
@@ -59,13 +61,45 @@ def write_summary(session: Session) -> dict[str, Any]:
     return summary
 
 
+@contextmanager
+def made_by_blockem(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with the content of a run's file into a sentence that names it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise BlockemError(f"{path}: not what blockem writes there ({why}); remove it and run the step that makes it again") from error
+
+
+def _result(path: Path) -> dict[str, Any]:
+    """The result of a step's record; empty where there is none."""
+    if not path.is_file():
+        return {}
+    with made_by_blockem(path):
+        found: dict[str, Any] = read_json(path, "step record")["result"]
+        return dict(found)
+
+
+def _latents(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    with made_by_blockem(path):
+        return [{**one, "latent": int(one["latent"])} for one in read_json(path, "LatentSet")["latents"]]
+
+
+def _by_latent(path: Path) -> dict[int, dict[str, Any]]:
+    if not path.is_file():
+        return {}
+    with made_by_blockem(path):
+        return {card["latent"]: {name: value for name, value in card.items() if name != "latent"} for card in read_json(path, "cards")}
+
+
 def _found_at(session: Session, sae: SaeConfig) -> dict[str, Any]:
     """What the run holds of one of the further SAEs: its fit, the latents that passed, and the counts of the stages."""
     folder = block_folder(session, sae)
-    records = {step: folder / "steps" / f"{step}.json" for step in ("sae", "discover")}
-    fit, found = (read_json(path)["result"] if path.is_file() else {} for path in records.values())
+    fit, found = (_result(folder / "steps" / f"{step}.json") for step in ("sae", "discover"))
     passed = (folder / "latents.json").is_file()
-    latents = read_json(folder / "latents.json")["latents"] if passed else []
+    latents = _latents(folder / "latents.json")
     return {
         "block": sae.block,
         "sae": {k: v for k, v in fit.items() if k != "seconds"},

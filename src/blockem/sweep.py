@@ -80,7 +80,12 @@ def waves(grid: Grid) -> list[list[Cell]]:
 
 
 def plan(grid: Grid, out: Path) -> dict[str, Any]:
-    """What `compare` would do: the cells in their order, what each shares, which are finished, and how many trainings are left."""
+    """What `compare` would do: the cells in their order, what each shares, which are finished, and how many trainings are left.
+
+    Raises:
+        BlockemError: a cell cannot be run (`check_cells`).
+    """
+    check_cells(grid, out)
     first: dict[str, str] = {}
     cells, trainings = [], 0
     for cell in (one for wave in waves(grid) for one in wave):
@@ -103,6 +108,22 @@ def plan(grid: Grid, out: Path) -> dict[str, Any]:
         )
         first.setdefault(group, cell.id)
     return {"cells": cells, "trainings": trainings, "plain_trainings": len(first)}
+
+
+def check_cells(grid: Grid, out: Path) -> None:
+    """Check every cell's recipe and its files before any is run.
+
+    Raises:
+        BlockemError: the first cell that cannot be run, and why.
+    """
+    from blockem.checks import check_recipe
+    from blockem.pipeline import open_session
+
+    for cell in grid.cells:
+        try:
+            check_recipe(open_session(cell.recipe, out / "cells" / cell.id, quiet=True))
+        except BlockemError as error:
+            raise BlockemError(f"cell {cell.id}: {error}") from error
 
 
 def cell_key(session: Session, cell: Cell, out: Path) -> str:
@@ -304,12 +325,14 @@ def compare_all(
     A cell whose files cannot be read counts as failed, and is measured again when the grid is run again.
 
     Raises:
-        BlockemError: another comparison is at work in `out`, or no cell could be finished (with the first cell's reason).
+        BlockemError: a cell cannot be run, another comparison is at work in `out`, or no cell could be finished (with the first cell's
+            reason).
     """
     from blockem.cells import read_cells
     from blockem.comparison import compare
     from blockem.report.comparison import write
 
+    check_cells(grid, out)
     with RunFolder(out).locked():
         failed = run_grid(grid, out, quiet, executor, judge)
         cells, unreadable = read_cells(grid, out, failed)

@@ -49,6 +49,7 @@ def train_step(
         keep_epochs: keep the adapter of each epoch in `name/epoch-1`, …
     """
     recipe = session.recipe
+    recipe.data.check_training_rows()
     train = train or recipe.train
     if recipe.defence.epochs is not None and name != "plain":
         train = replace(train, epochs=recipe.defence.epochs)

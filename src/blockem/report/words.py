@@ -268,8 +268,10 @@ def price(summary: Mapping[str, Any]) -> list[str]:
         )
     mixed = finite(dig(summary, "recipe", "anchor", "interleave"))
     if mixed and dig(summary, "recipe", "anchor", "watch") != "none" and main_of(summary) in ("blocked", "anchor"):
-        kinds = {"benign": "benign chat", "both": "answers of the selection pairs and benign chat"}
-        what = kinds.get(str(dig(summary, "recipe", "anchor", "interleaved")), "answers of the selection pairs")
+        kept = finite(dig(summary, "recipe", "anchor", "keep"))
+        answers = f"right answers of the selection pairs{' (wrong ones in the domain itself)' if kept else ''}"
+        kinds = {"benign": "benign chat", "both": f"{answers} and benign chat"}
+        what = kinds.get(str(dig(summary, "recipe", "anchor", "interleaved")), answers)
         said.append(f"Of the defended model's training rows {share(mixed)} were {what}, interleaved with those of the domain.")
     epochs, of_plain = dig(summary, "recipe", "defence", "epochs"), dig(summary, "recipe", "train", "epochs")
     if epochs and epochs != of_plain:
