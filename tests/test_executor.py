@@ -113,7 +113,8 @@ def test_a_process_that_is_done_closes_what_it_has_open() -> None:
 
 
 def test_no_process_outlives_who_started_it(tmp_path: Path) -> None:
-    script = "import sys; from test_executor import jobs, work; from blockem.executor import SideBySide\n"
+    script = "import signal, sys; from test_executor import jobs, work; from blockem.executor import SideBySide\n"
+    script += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job is started deaf to it
     script += "if __name__ == '__main__': list(SideBySide(2).run(work, jobs('long-a', 'long-b', place=sys.argv[1])))"
     for end in (signal.SIGKILL, signal.SIGINT):
         here = tmp_path / end.name
