@@ -195,11 +195,11 @@ def _set_files(session: Session, given: Path | None) -> dict[int, Path]:
     """The LatentSets that are blocked, by block; `given` is that of `sae.block`."""
     sae = session.recipe.sae
     own = {sae.block: given or session.run / "latents.json"}
+    if sae.more:
+        return {**set_files(session), **(own if given else {})}
     if not own[sae.block].is_file():
         raise BlockemError(f"{own[sae.block]}: no such LatentSet; run `blockem discover` first, or give one with --latents")
-    if not sae.more:
-        return own
-    return {**set_files(session), **(own if given else {})}
+    return own
 
 
 def _set_parts(session: Session, sae: SaeConfig, path: Path | None, random: bool) -> list[str]:
