@@ -12,13 +12,13 @@ import pytest
 from fake_cells import FakeRuns, read
 
 from blockem import pipeline
-from blockem.cells import _answers
+from blockem.cells import _answers, variant_of
 from blockem.errors import BlockemError
 from blockem.evaluation import interval, mean
 from blockem.grid import grid_from
 from blockem.report.comparison import csv_text, ours, plain_cell, write
 from blockem.report.comparison_charts import records
-from blockem.report.comparison_words import recommendation_words, transfer_words
+from blockem.report.comparison_words import ablation_words, plane_words, recommendation_words, transfer_words
 from blockem.resampling import Draws, Ratio, choose, front, summary
 from blockem.store import write_jsonl
 from blockem.sweep import compare_all
@@ -69,25 +69,33 @@ def test_paired_differences_use_only_what_both_have_and_the_same_prompts() -> No
         left.minus(Ratio("others", left.a, left.b))
 
 
+def test_shares_of_different_wholes_are_subtracted_as_shares() -> None:
+    one, other = Ratio("rows", np.array([0.9] * 8), np.array([1.0] * 8)), Ratio("rows", np.array([1.8] * 8), np.array([2.0] * 8))
+    assert Draws(300).difference(one, other) == pytest.approx(0.0)  # both keep 90 % of what their own plain fine-tune gained
+    same = Ratio("rows", np.array([0.5] * 8), np.array([1.0] * 8))
+    assert Draws(300).difference(one, same) == pytest.approx(Draws(300).of(one.minus(same)))
+
+
 def test_seeds_widen_an_interval_where_they_disagree() -> None:
-    low, high = ratio([0.0] * 40), ratio([1.0] * 40)
-    found = summary(Draws(2000).over({("d", 0): low, ("d", 1): high}, (0, 1)), 40)
+    low, high, of = ratio([0.0] * 40), ratio([1.0] * 40), Draws(2000).of
+    found = summary(Draws(2000).over({("d", 0): of(low), ("d", 1): of(high)}, (0, 1)), 40)
     assert found == {"value": 0.5, "low": 0.0, "high": 1.0, "n": 40}
-    alone = summary(Draws(2000).over({("d", 0): low}, (0,)), 40)
+    alone = summary(Draws(2000).over({("d", 0): of(low)}, (0,)), 40)
     assert alone == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 40}
 
 
 def test_a_share_of_few_prompts_is_never_as_sure_as_nothing_seen_makes_it_look() -> None:
-    never = summary(Draws(500).over({("d", 0): ratio([0.0] * 55)}, (0,)), 55, share=True)
+    never = summary(Draws(500).over({("d", 0): Draws(500).of(ratio([0.0] * 55))}, (0,)), 55, share=True)
     assert never is not None
     assert (never["low"], never["high"]) == pytest.approx((0, 0.0653), abs=1e-4)
-    seeds = {("d", 0): ratio([0.0] * 40), ("d", 1): ratio([1.0] * 40)}
+    seeds = {("d", seed): Draws(2000).of(ratio([float(seed)] * 40)) for seed in (0, 1)}
     torn = summary(Draws(2000).over(seeds, (0, 1)), 40, share=True)
     assert torn == {"value": 0.5, "low": 0.0, "high": 1.0, "n": 40}  # seeds that disagree still widen it
 
 
 def test_a_domain_outside_the_other_counts_evenly() -> None:
-    found = Draws(100).over({("a", 0): ratio([1.0] * 10), ("b", 0): ratio([0.0] * 90)}, (0,))
+    draws = Draws(100)
+    found = draws.over({("a", 0): draws.of(ratio([1.0] * 10)), ("b", 0): draws.of(ratio([0.0] * 90))}, (0,))
     assert found[0] == 0.5
 
 
@@ -132,6 +140,42 @@ def test_the_domains_own_questions_are_a_measure_beside_the_loss(compared: tuple
     rows = records(next(one for one in comparison["figures"] if one["id"] == "em-task"))
     assert {row["setting"]: row["on_front"] for row in rows}["block-em lambda=100"]  # as much of the task as plain, and less EM
     assert "Misaligned in the domain is the share" in (out / "comparison.html").read_text(encoding="utf-8")
+
+
+def test_the_lowest_under_a_plane_is_one_of_the_front() -> None:
+    columns = ["setting", "defence", "strength", "incoherent", "incoherent_low", "incoherent_high", "em", "em_low", "em_high", "on_front"]
+    points = {"base": (0.1, 0.0, False), "plain": (0.2, 0.6, True), "anchor": (0.4, 0.0, False), "ldifs": (0.16, 0.0, True)}
+    rows = [[name, name, None, x, x, x, y, y, y, on] for name, (x, y, on) in points.items()]
+    figure = {"kind": "plane", "up": "em", "across": "incoherent", "columns": columns, "rows": rows}
+    assert "The lowest is ldifs: " in plane_words(figure) and "against plain's" in plane_words(figure)
+    assert "plain was not measured here" in plane_words({**figure, "rows": [row for row in rows if row[0] != "plain"]})
+    alone = [row for row in rows if row[0] in ("base", "plain")]
+    assert "No setting lies below plain" in plane_words({**figure, "rows": alone})
+
+
+def test_what_is_not_finished_is_said_or_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = FakeRuns()
+    monkeypatch.setattr(pipeline, "run_all", fake)
+    grid = grid_from({**VALUES, "defences": {"plain": None, "block-em": {"block.lambda_": [0, 100, 10000]}}})
+    broken = [cell.id for cell in grid.cells if cell.setting.strength == 10000][1:]
+    broken += [cell.id for cell in grid.cells if cell.setting.kind == "ablation"][:1]
+    fake.broken = {one: BlockemError("no") for one in broken}
+    comparison, _ = compare_all(grid, tmp_path, quiet=True)
+    figures = {one["id"]: one for one in comparison["figures"]}
+    assert [row["strength"] for row in records(figures["strength-block-em"])] == [0.0, 100.0]
+    rows = records(figures["ablations"])
+    assert {row["cells"] for row in rows} == {3} and figures["ablations"]["cells"] == 4
+    assert all(row["difference"] == pytest.approx(row["value"] - row["whole"]) for row in rows if row["measure"] == "preference")
+    assert "Not all cells are finished for random" in ablation_words(figures["ablations"])
+    changes = sum(value is not None for one in comparison["settings"] if one["name"] != "plain" for value in one["changes"].values())
+    assert comparison["comparisons"] == changes + len(rows)  # plain minus plain is no comparison
+
+
+def test_a_cell_is_about_its_control_where_it_has_one() -> None:
+    models: dict[str, Any] = {"base": {}, "plain": {}, "blocked": {}, "random": {}}
+    assert variant_of({"models": models, "main": "blocked"}) == "blocked"
+    assert variant_of({"models": models, "main": "blocked"}, "random") == "random"
+    assert variant_of({"models": {"base": {}, "plain": {}}}, "random") == "plain"
 
 
 def test_a_transfer_is_told_against_plain_and_against_the_domains_own_latents() -> None:

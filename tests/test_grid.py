@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from blockem.errors import BlockemError
 from blockem.grid import grid_from, load_grid
@@ -68,6 +69,15 @@ def test_names_that_read_the_same_are_told_apart() -> None:
     assert all(cell.recipe.name == cell.id for cell in grid.cells)
 
 
+def test_a_strength_that_reads_as_a_number_is_one() -> None:
+    grid = grid_from({"defences": {"block-em": {"block.lambda_": yaml.safe_load("[0, 1e3, 1000.0, 13e3]")}}})
+    assert [one.strength for one in grid.settings] == [0, 1000.0, 13000.0]
+    assert [one.label for one in grid.settings] == ["block-em lambda=0", "block-em lambda=1000", "block-em lambda=13000"]
+
+
+TWO: dict[str, Any] = {"domains": ["health", "legal"], "transfer": True}
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -84,8 +94,13 @@ def test_names_that_read_the_same_are_told_apart() -> None:
         ({"defences": {"block-em": {"block.nonsense": [1]}}}, "unknown recipe field 'block.nonsense'"),
         ({"defences": {"block-em": {"block.lambda_": ["much"]}}}, "must be a number"),
         ({"defences": LAMBDAS, "ablations": {"x": None}}, "must be a mapping of recipe fields"),
-        ({"defences": LAMBDAS, "ablations": {"few": {"data.heldout_rows": 50}}}, "few sets data.heldout_rows, but an ablation is measured"),
+        ({"defences": LAMBDAS, "ablations": {"few": {"data.heldout_rows": 50}}}, "few sets data.heldout_rows, but all settings share"),
         ({"defences": LAMBDAS, "ablations": {"hot": {"block.r": 2, "evaluate.temperature": 1}}}, "set evaluate.temperature in the recipe"),
+        ({"defences": {"kl": {"evaluate.max_new_tokens": [10, 80]}}}, "defences: kl sets evaluate.max_new_tokens, but all settings share"),
+        ({"defences": {"block-em": {"seed": [1, 2]}}}, "sets seed, but"),
+        ({"defences": LAMBDAS, "ablations": {"x": {"train.lora_targets": {"q_proj": None}}}}, "must be a list, such as one,two"),
+        ({"defences": LAMBDAS, **TWO, "recipe": {"block": {"directions": 2}}}, "block.directions and later rounds find their own"),
+        ({"defences": LAMBDAS, **TWO, "recipe": {"rounds": {"budget": 2}}}, "block.directions and later rounds find their own"),
         ({"defences": LAMBDAS, "keep_adherence": 2}, "keep_adherence is 2"),
         ({"defences": LAMBDAS, "recipe": 3}, "neither a file nor a mapping"),
     ],

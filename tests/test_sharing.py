@@ -13,6 +13,7 @@ import pytest
 
 from blockem.errors import BlockemError
 from blockem.sharing import SharingFolder, take
+from blockem.store import claim_scratch, scratch_of
 
 OUTPUTS = ["plain/adapter_model.safetensors", "training-plain.jsonl"]
 
@@ -122,6 +123,19 @@ def test_a_run_whose_forerunner_fails_does_the_step_itself(tmp_path: Path) -> No
         one.step("plain", "k", OUTPUTS, work)
     second.join(30)
     assert calls == ["k"] and [path.name for path in (tmp_path / "shared").iterdir()] == ["plain-k"]
+
+
+def test_what_a_killed_sibling_had_begun_is_gone_on_with(tmp_path: Path) -> None:
+    one, two, three = (SharingFolder(tmp_path / "cells" / name, tmp_path / "shared") for name in ("one", "two", "three"))
+    claim_scratch(scratch_of(one / "plain"), "k")
+    (one / "plain.making/checkpoint").write_text("step 50")
+    claim_scratch(scratch_of(two / "plain"), "another key")
+    (one / "measurements.jsonl").write_text("{}")
+    seen = []
+    for name in ("plain", "discover"):
+        three.step(name, "k", [], lambda: seen.append(sorted(str(path.relative_to(three.path)) for path in three.path.rglob("*"))))
+    assert seen[0] == ["plain.making", "plain.making/checkpoint", "plain.making/key"] and "measurements.jsonl" in seen[1]
+    assert not (one / "plain.making").exists() and (two / "plain.making").exists()
 
 
 def test_other_steps_stay_with_their_run(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_a_transfer_whose_source_failed_says_so(runs: FakeRuns, tmp_path: Path) 
     grid = grid_from({**VALUES, "seeds": [0], "domains": ["health", "legal"], "ablations": {}, "transfer": True})
     runs.broken = {f"{domain}-block-em-lambda-100-seed0": failing("no") for domain in ("health", "legal")}
     failed = run_grid(grid, tmp_path, quiet=True)
-    assert failed["health-latents-of-legal-seed0"].startswith("cell legal-block-em-lambda-100-seed0 has no latents.json")
+    assert failed["health-latents-of-legal-seed0"].startswith("cell legal-block-em-lambda-100-seed0 failed, so its latents")
 
 
 # what a finished cell depended on

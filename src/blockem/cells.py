@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from blockem import bundled
+from blockem.defence_names import BLOCK_EM
 from blockem.errors import BlockemError
 from blockem.evaluation import ANSWERS, RATES, TASK_ANSWERS, Array
 from blockem.grid import Cell, Grid, Setting
@@ -34,8 +35,13 @@ MeasuredCells = dict[Setting, dict[tuple[str, int], Measured]]
 """Cells by setting, then by domain and seed."""
 
 
-def variant_of(summary: Mapping[str, Any]) -> str:
-    """Which of a run's models a cell is about: its main one, else the last that is neither base nor plain, if there is one."""
+def variant_of(summary: Mapping[str, Any], control: str = "none") -> str:
+    """Which of a run's models a cell is about: its control, its main one, else the last that is neither base nor plain, if there is one.
+
+    A folder may also hold the model of an earlier recipe of the same name.
+    """
+    if control in summary["models"]:
+        return control
     others = [name for name in summary["models"] if name not in ("base", "plain")]
     main = summary.get("main")
     return str(main) if main in others else others[-1] if others else "plain"
@@ -86,7 +92,7 @@ def measured(cell: Cell, folder: Path) -> Measured:
             models[name] |= _task(task, name, cell.domain)
         if gained.sum() > 0:
             models[name]["kept"] = Ratio(rows, losses["base"] - losses[name], gained)
-    return Measured(variant_of(summed), models)
+    return Measured(variant_of(summed, recipe.block.control if recipe.defence.name == BLOCK_EM else "none"), models)
 
 
 @contextmanager

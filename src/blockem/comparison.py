@@ -12,7 +12,7 @@ import numpy as np
 from blockem.cells import Measured, MeasuredCells
 from blockem.evaluation import Array
 from blockem.grid import Cell, Grid, Setting
-from blockem.resampling import Draws, Ratio, choose, front, summary
+from blockem.resampling import Draws, choose, front, summary
 
 MEASURES = ("em", "incoherent", "refusal", "preference", "margin", "kept", "task", "cued_em", "cued_incoherent")
 SHARES = ("em", "incoherent", "refusal", "preference", "task", "cued_em", "cued_incoherent")  # of prompts, pairs or questions
@@ -50,21 +50,22 @@ class Table:
             one, other = cell.of(measure, model), cell.of(measure, against) if against else None
             if one is not None and not (against and other is None):
                 ratios[place] = one.minus(other) if other is not None else one
-        return self._over(ratios)
+        n = min((one.n for one in ratios.values()), default=0)
+        return self._over({place: self.draws.of(one) for place, one in ratios.items()} if n else {}, n)
 
     def paired(self, left: Cells, right: Cells, measure: str) -> tuple[Array, int]:
         """The difference between two settings, on the same prompts, in the cells that both have."""
-        ratios = {}
-        for place in left.keys() & right.keys():
+        statistics, items = {}, []
+        for place in sorted(left.keys() & right.keys()):
             one, other = left[place].of(measure), right[place].of(measure)
             if one is not None and other is not None:
-                ratios[place] = one.minus(other)
-        return self._over(dict(sorted(ratios.items())))
+                statistics[place] = self.draws.difference(one, other)
+                items.append(one.minus(other).n)
+        return self._over(statistics, min(items, default=0))
 
-    def _over(self, ratios: Mapping[tuple[str, int], Ratio]) -> tuple[Array, int]:
+    def _over(self, statistics: Mapping[tuple[str, int], Array], n: int) -> tuple[Array, int]:
         """The mean over cells `[1 + resamples]`, and the fewest items of one; not a number where there are none."""
-        n = min((one.n for one in ratios.values()), default=0)
-        return (self.draws.over(ratios, self.grid.seeds) if n else np.full(self.draws.resamples + 1, np.nan)), n
+        return (self.draws.over(statistics, self.grid.seeds) if n else np.full(self.draws.resamples + 1, np.nan)), n
 
     def references(self) -> dict[tuple[str, int], Measured]:
         """One cell for each domain and seed, for its base and plain."""
@@ -89,7 +90,7 @@ def compare(grid: Grid, cells: MeasuredCells, failed: Mapping[str, str]) -> dict
     table = Table(grid, Draws(grid.config.resamples), cells)
     settings = [_row(table, one) for one in grid.settings if one.kind != "transfer" and one in cells]
     figures = [*_planes(table), *_ablations(table), *_strengths(table), *_transfer(table)]
-    told = sum(one["changes"][name] is not None for one in settings for name in one["changes"])
+    told = sum(one["changes"][name] is not None for one in settings if not is_plain(one) for name in one["changes"])
     told += sum(len(one["rows"]) for one in figures if one["id"] == "ablations")
     for one in figures:
         if one["id"] == "transfer":
@@ -110,6 +111,11 @@ def compare(grid: Grid, cells: MeasuredCells, failed: Mapping[str, str]) -> dict
         "comparisons": told,
         "recommendation": _recommend(table),
     }
+
+
+def is_plain(row: Mapping[str, Any]) -> bool:
+    """Whether a setting's row is that of no defence, which tables show as the reference."""
+    return bool(row["kind"] == "defence" and row["name"] == "plain")
 
 
 def _summary(found: tuple[Array, int], measure: str) -> dict[str, Any] | None:
@@ -188,13 +194,16 @@ def _ablations(table: Table) -> list[dict[str, Any]]:
         return []
     rows: list[list[Any]] = []
     for one in shown:
+        both = table.cells[one].keys() & table.cells[whole].keys()
+        pair = [{place: cells[place] for place in sorted(both)} for cells in (table.cells[one], table.cells[whole])]
         for measure in ABLATED:
-            found = summary(*table.paired(table.cells[one], table.cells[whole], measure))
+            found = summary(*table.paired(pair[0], pair[1], measure))
             if found:
-                values = [summary(*table.values(table.cells[each], measure)) for each in (one, whole)]
-                rows.append([one.label, measure, *_ends(found), *(each and each["value"] for each in values), found["n"]])
-    columns = ["ablation", "measure", "difference", "low", "high", "value", "whole", "n"]
-    return [{"id": "ablations", "kind": "ablations", "whole": whole.label, "columns": columns, "rows": rows}]
+                values = [summary(*table.values(cells, measure)) for cells in pair]
+                rows.append([one.label, measure, *_ends(found), *(each and each["value"] for each in values), found["n"], len(both)])
+    columns = ["ablation", "measure", "difference", "low", "high", "value", "whole", "n", "cells"]
+    cells = len(table.grid.domains) * len(table.grid.seeds)
+    return [{"id": "ablations", "kind": "ablations", "whole": whole.label, "cells": cells, "columns": columns, "rows": rows}]
 
 
 def _strengths(table: Table) -> list[dict[str, Any]]:
@@ -204,7 +213,7 @@ def _strengths(table: Table) -> list[dict[str, Any]]:
     fields = dict.fromkeys((one.name, one.field) for one in table.grid.settings if one.kind == "defence" and one.field)
     for name, field in fields:
         group = [one for one in table.grid.settings if (one.kind, one.name, one.field) == ("defence", name, field) and one in table.cells]
-        group = [one for one in group if isinstance(one.strength, (int, float))]
+        group = [one for one in group if isinstance(one.strength, (int, float)) and table.complete(one)]
         if len(group) < 2:
             continue
         measures = (up, "incoherent", "kept")

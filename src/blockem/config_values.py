@@ -110,6 +110,8 @@ def convert(value: Any, kind: Any, path: str) -> Any:
                 raise ValueError
             return str(value)
         if typing.get_origin(kind) is tuple:
+            if isinstance(value, dict):
+                raise ValueError
             inner = typing.get_args(kind)[0]
             items = value.split(",") if isinstance(value, str) else value
             return tuple(convert(item, inner, path) for item in items if item != "")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,11 @@ def grid_from(values: Any, folder: Path = Path()) -> Grid:
         raise BlockemError("transfer is true, but there is one domain only; name at least two under domains")
     if config.transfer and recipe.sae.more:
         raise BlockemError("transfer carries the latents of one block; set transfer: false, or leave sae.more out of the recipe")
+    if config.transfer and (recipe.block.directions or recipe.rounds.budget > 1):
+        raise BlockemError(
+            "transfer blocks what another domain's discovery found, and block.directions and later rounds find their own; "
+            "set transfer: false, or leave them out of the recipe"
+        )
     reference = None
     if ablations or config.transfer:
         whole = Setting("defence", BLOCK_EM, changes=_named(BLOCK_EM))
@@ -196,13 +202,32 @@ def _defence(name: str, spec: Any) -> list[Setting]:
         raise BlockemError(f"defences: {name} has lists in {' and '.join(lists)}; one field may have a list of strengths")
     if any(not fields[path] for path in lists):
         raise BlockemError(f"defences: {name} has an empty list of strengths in {lists[0]}")
+    _check_same_items(f"defences: {name}", fields)
     fixed = [(str(path), _frozen(value)) for path, value in fields.items() if path not in lists]
+    if len(fixed) == 1 and not lists:
+        fixed = [(fixed[0][0], _number(fixed[0][1]))]
     if not lists:
         only = fixed[0] if len(fixed) == 1 and isinstance(fixed[0][1], (int, float)) and not isinstance(fixed[0][1], bool) else ("", None)
         return [Setting("defence", name, only[0], only[1], (*_named(name), *fixed))]
     field = lists[0]
-    values = [_frozen(value) for value in fields[field]]
+    values = list(dict.fromkeys(_number(_frozen(value)) for value in fields[field]))
     return [Setting("defence", name, field, value, (*_named(name), *fixed, (field, value))) for value in values]
+
+
+def _check_same_items(what: str, fields: Iterable[Any]) -> None:
+    """Refuse fields that would measure a setting on other items, or train it on other rows, than those it is compared with."""
+    for path in map(str, fields):
+        if path.split(".")[0] in ("data", "evaluate", "seed", "name"):
+            raise BlockemError(f"{what} sets {path}, but all settings share data, seeds and measures; set {path} in the recipe or the grid")
+
+
+def _number(value: Any) -> Any:
+    """`1e3` is text to YAML; a strength is a number where it reads as one."""
+    try:
+        number = float(value) if isinstance(value, str) else math.nan
+    except ValueError:
+        return value
+    return number if math.isfinite(number) else value
 
 
 def _frozen(value: Any) -> Any:
@@ -213,11 +238,7 @@ def _frozen(value: Any) -> Any:
 def _ablation(name: str, spec: Any) -> Setting:
     if not isinstance(spec, dict) or not spec:
         raise BlockemError(f"ablations: {name} must be a mapping of recipe fields, for example {{block.control: random}}")
-    for path in map(str, spec):
-        if path.split(".")[0] in ("data", "evaluate"):
-            raise BlockemError(
-                f"ablations: {name} sets {path}, but an ablation is measured on the same items as the whole; set {path} in the recipe"
-            )
+    _check_same_items(f"ablations: {name}", spec)
     return Setting("ablation", name, changes=(*_named(BLOCK_EM), *((str(path), _frozen(value)) for path, value in spec.items())))
 
 

@@ -27,6 +27,7 @@ from blockem.evaluation import ANSWERS, TASK_ANSWERS
 from blockem.progress import Console
 from blockem.session import STEERING, Session, adapter_key, source_key, taken_file, timed
 from blockem.several_blocks import DISCOVERED, at_block, at_each, block_folder, discover_each
+from blockem.sharing import MEASURED
 from blockem.store import RunFolder, content_key, file_key, read_json, write_json, write_jsonl, write_tensors, write_text
 from blockem.summary import write_summary
 from blockem.trainings import sft_step
@@ -107,7 +108,7 @@ def discover_step(session: Session, misaligned: Path | None = None) -> dict[str,
             session.selection_prompts(),
             general,
             session.chosen_judge if "judged" in recipe.discover.effects else None,
-            session.run / "measurements.jsonl",
+            session.run / MEASURED,
             key,
             session.console.stage,
         )

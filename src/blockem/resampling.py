@@ -70,17 +70,30 @@ class Draws:
             found: Array = np.where(below != 0, above / below, np.nan)
         return found
 
-    def over(self, ratios: Mapping[tuple[str, int], Ratio], seeds: tuple[int, ...]) -> Array:
+    def difference(self, one: Ratio, other: Ratio) -> Array:
+        """One statistic minus another in every resample, `[1 + resamples]`, on the items that both have.
+
+        The denominators may differ: a share of what one plain fine-tune gained, and of what another did.
+        """
+        together = one.minus(other)
+        both = together.b != 0
+        if np.array_equal(one.b[both], other.b[both]):
+            return self.of(together)
+        apart = [self.of(Ratio(each.items, np.where(both, each.a, 0.0), np.where(both, each.b, 0.0))) for each in (one, other)]
+        found: Array = apart[0] - apart[1]
+        return found
+
+    def over(self, statistics: Mapping[tuple[str, int], Array], seeds: tuple[int, ...]) -> Array:
         """The mean over domains and seeds, `[1 + resamples]`; seeds are resampled, domains are not.
 
         Args:
-            ratios: by (domain, seed); those that are missing are left out.
+            statistics: `[1 + resamples]` by (domain, seed); those that are missing are left out.
             seeds: all seeds of the comparison.
         """
         weights = self.weights("seeds", len(seeds))
         total, count = np.zeros(self.resamples + 1), np.zeros(self.resamples + 1)
         for place, seed in enumerate(seeds):
-            stats = [self.of(one) for (_, of_seed), one in ratios.items() if of_seed == seed]
+            stats = [one for (_, of_seed), one in statistics.items() if of_seed == seed]
             if stats:
                 total += weights[:, place] * np.mean(stats, axis=0)
                 count += weights[:, place]

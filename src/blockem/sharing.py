@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockem.store import RunFolder, disk_errors, held, write_json
+from blockem.store import RunFolder, disk_errors, held, is_scratch_of, scratch_of, write_json
 
 SHARED_STEPS = ("sae", "plain", "discover", "contrasts-blocked", "contrasts-anchor", "evaluate-base", "evaluate-plain")
+MEASURED = "measurements.jsonl"  # what discovery has measured so far
 LINKED = ".safetensors"  # never written in place, so that two names for one file cannot disturb each other
 
 
@@ -52,10 +53,28 @@ class SharingFolder(RunFolder):
             if record is not None:
                 take(kept.path, self.path, tops(outputs))
                 write_json(self.path / "steps" / f"{name}.json", record)
+            else:
+                self._inherit(name, key)
         result, reused = super().step(name, key, outputs, work, sealed)
         if kept.finished(name, key, outputs) is None:
             self._leave(name, key, outputs, kept)
         return result, reused
+
+    def _inherit(self, name: str, key: str) -> None:
+        """Go on with what a sibling had begun of this step when it was killed or failed: nobody else is at it while the lock is held."""
+        own = scratch_of(self.path / name)
+        if not is_scratch_of(own, key):
+            for other in sorted(self.path.parent.glob(f"*/{own.name}")):
+                if other != own and is_scratch_of(other, key):
+                    shutil.rmtree(own, ignore_errors=True)
+                    with disk_errors(own):
+                        self.path.mkdir(parents=True, exist_ok=True)
+                        other.rename(own)
+                    return
+        if name == "discover" and not (self.path / MEASURED).is_file():
+            begun = sorted(self.path.parent.glob(f"*/{MEASURED}"), key=lambda file: file.stat().st_mtime)
+            if begun:  # whoever reads it leaves out what belongs to another key
+                take(begun[-1].parent, self.path, [MEASURED])
 
     def _leave(self, name: str, key: str, outputs: list[str], kept: RunFolder) -> None:
         """Make a shared step of an own one, whole or not at all; where another machine has just left it, that one stays."""

@@ -211,8 +211,12 @@ def run_grid(grid: Grid, out: Path, quiet: bool = False, executor: Executor | No
     work = partial(run_cell, loaded=Loaded(), judge=judge)
     began = 0
     for wave in order:
-        jobs = [Job(cell, out, began + i + 1, total, quiet, executor.mixed) for i, cell in enumerate(wave)]
-        began += len(jobs)
+        jobs = [Job(cell, out, began + i + 1, total, quiet, executor.mixed) for i, cell in enumerate(wave) if cell.latents_of not in failed]
+        for cell in wave:
+            if cell.latents_of in failed:  # latents that it left may be an earlier recipe's
+                why = f"cell {cell.latents_of} failed, so its latents cannot be tried elsewhere; its own error comes first"
+                _note(Outcome(cell.id, why), out, console, failed)
+        began += len(wave)
         for outcome in executor.run(work, jobs):
             _note(outcome, out, console, failed)
     return failed
@@ -293,8 +297,9 @@ def _open(job: Job, loaded: Loaded, judge: Judge | None) -> Session:
 
 
 def _part_key(session: Session, name: str) -> str:
-    recipe = session.recipe
-    return f"{name}-{content_key(session.model_key, recipe.model.dtype, recipe.model.device, asdict(recipe.sae))}"
+    model = session.recipe.model
+    parts = [session.model_key, model.dtype, model.device, *([asdict(session.recipe.sae)] if name == "dictionary" else ())]
+    return f"{name}-{content_key(*parts)}"
 
 
 def _run_transfer(session: Session, source: Path, name: str) -> None:

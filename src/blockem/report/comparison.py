@@ -15,6 +15,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from blockem.comparison import is_plain
 from blockem.defence_names import DEFENCES
 from blockem.report import comparison_charts as charts
 from blockem.report.charts import marker
@@ -200,13 +201,13 @@ def page(comparison: Mapping[str, Any], drawn: list[Picture]) -> str:
 def settings_table(comparison: Mapping[str, Any]) -> Table:
     """Every setting with every measure that there is."""
     rows = [(name, "", found) for name, found in comparison["references"].items()]
-    rows += [(one["label"], kind_words(one), one["measures"]) for one in comparison["settings"] if one["name"] != "plain"]
+    rows += [(one["label"], kind_words(one), one["measures"]) for one in comparison["settings"] if not is_plain(one)]
     return measures_table("All settings, with 95\u00a0% intervals", rows, 0)
 
 
 def changes_table(comparison: Mapping[str, Any]) -> Table:
     """Paired differences of every setting to plain."""
-    rows = [(one["label"], kind_words(one), one["changes"]) for one in comparison["settings"] if one["name"] != "plain"]
+    rows = [(one["label"], kind_words(one), one["changes"]) for one in comparison["settings"] if not is_plain(one)]
     return measures_table("Difference to plain on the same prompts and pairs, in points (margin: nats per token)", rows, 1)
 
 

@@ -100,7 +100,8 @@ def plane(figure: Mapping[str, Any]) -> Markup | None:
         parts.append(Markup('<path class="frontier" d="{}"><title>Pareto front</title></path>').format(path))
     marks = letters(row["defence"] for row, _, _ in placed)
     for name, (_, tone) in marks.items():
-        curve = [(x.value, y.value) for row, x, y in placed if row["defence"] == name and isinstance(row["strength"], int | float)]
+        strong = [(row["strength"], x, y) for row, x, y in placed if row["defence"] == name and isinstance(row["strength"], int | float)]
+        curve = [(x.value, y.value) for _, x, y in sorted(strong, key=lambda one: one[0])]
         if len(curve) > 1:
             path = "M" + "L".join(f"{run(x):.1f} {rise(y):.1f}" for x, y in curve)
             parts.append(Markup('<path class="line {}" d="{}"><title>{}</title></path>').format(tone, path, name))

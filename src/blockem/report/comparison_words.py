@@ -39,7 +39,7 @@ def plane_words(figure: Mapping[str, Any]) -> str:
     """Which settings are on the front, and how the lowest of them compares with plain."""
     up, across, rows = figure["up"], figure["across"], records(figure)
     best = [row for row in rows if row["on_front"]]
-    least = min((row for row in rows if row["setting"] != "base"), key=lambda row: float(row[up]), default=None)
+    least = min(best, key=lambda row: float(row[up]), default=None)
     plain = next((row for row in rows if row["setting"] == "plain"), None)
     if least is None:
         return "Nothing but the base was measured here."
@@ -48,13 +48,14 @@ def plane_words(figure: Mapping[str, Any]) -> str:
     )
     low, wide = found(least, up), found(least, across)
     assert low is not None and wide is not None
-    if plain is None or least is plain:
+    lowest = f"The lowest is {least['setting']}: {lower(up)} {full(low)}"
+    if plain is None:
+        return words + f"{lowest}, {lower(across)} {full(wide)}; plain was not measured here."
+    if float(least[up]) >= float(plain[up]):
         return words + f"No setting lies below plain in {lower(up)}: {full(low)}."
     before = found(plain, up)
     assert before is not None
-    return (
-        words + f"The lowest is {least['setting']}: {lower(up)} {full(low)} against plain's {full(before)}, {lower(across)} {full(wide)}."
-    )
+    return words + f"{lowest} against plain's {full(before)}, {lower(across)} {full(wide)}."
 
 
 def ablation_words(figure: Mapping[str, Any]) -> str:
@@ -68,7 +69,8 @@ def ablation_words(figure: Mapping[str, Any]) -> str:
     words = f"Each minus {figure['whole']} on the same prompts, in {lower(measure)}: "
     parts = [f"higher for {listed(worse)}"] * bool(worse) + [f"lower for {listed(better)}"] * bool(better)
     parts += [f"not to be told apart for {listed(unclear)}"] * bool(unclear)
-    return words + "; ".join(parts) + "."
+    some = [f"{row['ablation']} ({row['cells']} of {figure['cells']})" for row in rows if row.get("cells", 0) < figure.get("cells", 0)]
+    return words + "; ".join(parts) + "." + (f" Not all cells are finished for {listed(some)}." if some else "")
 
 
 def strength_words(figure: Mapping[str, Any]) -> str:
@@ -138,5 +140,5 @@ def comparisons_words(comparison: Mapping[str, Any]) -> str:
     count = comparison["comparisons"]
     return (
         f"The tables hold {count} paired differences with 95 % intervals, not corrected for their number: "
-        f"if nothing differed at all, about {number(0.05 * count, 0 if count >= 10 else 1)} of them would still exclude 0."
+        f"if nothing differed at all, about {number(0.05 * count, 0 if count >= 100 else 1)} of them would still exclude 0."
     )
