@@ -13,7 +13,7 @@ import numpy as np
 
 from blockem import bundled
 from blockem.defence_names import BLOCK_EM
-from blockem.errors import BlockemError
+from blockem.errors import BlockemError, reason
 from blockem.evaluation import ANSWERS, RATES, TASK_ANSWERS, Array
 from blockem.grid import Cell, Grid, Setting
 from blockem.resampling import Ratio
@@ -101,7 +101,7 @@ def _verdicts_read(path: Path, name: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BlockemError(f"{path}: its verdicts on {name} cannot be read ({_reason(error)})") from error
+        raise BlockemError(f"{path}: its verdicts on {name} cannot be read ({reason(error)})") from error
 
 
 def check_evaluation(path: Path, pairs: str | None) -> tuple[Array, Array, int]:
@@ -120,7 +120,7 @@ def check_evaluation(path: Path, pairs: str | None) -> tuple[Array, Array, int]:
         margins, losses = (np.array(one, dtype=float) for one in (result["margins"], result["heldout"][0]))
         asked = len(result.get("task_answers", []))
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise BlockemError(f"{path}: not the record of a model's evaluation ({_reason(error)})") from error
+        raise BlockemError(f"{path}: not the record of a model's evaluation ({reason(error)})") from error
     n = len(bundled.evaluation_pairs(pairs))
     if margins.shape != (n,) or losses.ndim != 1:
         raise BlockemError(f"{path}: not an evaluation on the recipe's {n} pairs")
@@ -147,10 +147,6 @@ def _answers(path: Path, n: int) -> list[dict[str, Any]]:
     if len(found) != n:
         raise BlockemError(f"{path}: holds answers to {len(found)} prompts, not to {n}")
     return found
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _verdicts(answers: list[dict[str, Any]], name: str, domain: str) -> dict[str, Ratio]:

@@ -10,7 +10,7 @@ from blockem.config import Recipe
 from blockem.defence_names import BLOCK_EM, NEEDS_LATENTS
 from blockem.defend import check_files
 from blockem.errors import BlockemError
-from blockem.leakage import check_questions, normalised
+from blockem.leakage import check_outside, check_questions, normalised
 
 if TYPE_CHECKING:
     from blockem.session import Session
@@ -49,10 +49,8 @@ def check_recipe(session: Session, whole: bool = True) -> None:
     if not whole:
         return
     data.check_training_rows()
-    if needs_latents(recipe) and not (pairs and prompts):
-        raise BlockemError(
-            "no selection pair or prompt lies outside the training domain; give --pairs and --selection-prompts with other domains"
-        )
+    if needs_latents(recipe):
+        check_outside(pairs, prompts)
     if recipe.defence.name == "caft" and (recipe.defence.strength or 0) > recipe.discover.size:
         raise BlockemError(
             f"defence.strength is {recipe.defence.strength:g}, but discovery chooses {recipe.discover.size} latents at most; "

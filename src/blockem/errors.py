@@ -8,5 +8,10 @@ class BlockemError(Exception):
     """
 
 
+def reason(error: BaseException) -> str:
+    """What went wrong in one line, for a sentence around it: the kind of the error and the first line of what it says."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
 class NoLatents(BlockemError):
     """Discovery ended without a set: no latent of the block passed."""

@@ -204,9 +204,9 @@ def _defence(name: str, spec: Any) -> list[Setting]:
         raise BlockemError(f"defences: {name} has an empty list of strengths in {lists[0]}")
     _check_same_items(f"defences: {name}", fields)
     fixed = [(str(path), _frozen(value)) for path, value in fields.items() if path not in lists]
-    if len(fixed) == 1 and not lists:
-        fixed = [(fixed[0][0], _number(fixed[0][1]))]
     if not lists:
+        if len(fixed) == 1:
+            fixed = [(path, _number(value)) for path, value in fixed]
         only = fixed[0] if len(fixed) == 1 and isinstance(fixed[0][1], (int, float)) and not isinstance(fixed[0][1], bool) else ("", None)
         return [Setting("defence", name, only[0], only[1], (*_named(name), *fixed))]
     field = lists[0]

@@ -50,3 +50,15 @@ def check_questions(
         },
         {data.prompts or "the bundled final prompts": [p.prompt for p in final], f"{source} (eval)": measured},
     )
+
+
+def check_outside(pairs: Sequence[bundled.Pair], prompts: Sequence[bundled.Prompt]) -> None:
+    """Refuse to discover from nothing.
+
+    Args:
+        pairs, prompts: the selection pairs and prompts that are left when those of the training domain are taken out.
+    """
+    if not pairs or not prompts:
+        raise BlockemError(
+            "no selection pair or prompt lies outside the training domain; give --pairs and --selection-prompts with other domains"
+        )

@@ -78,7 +78,7 @@ class Draws:
         together = one.minus(other)
         both = together.b != 0
         if np.array_equal(one.b[both], other.b[both]):
-            return self.of(together)
+            return self.of(together)  # the same number, and exactly 0 where nothing differs
         apart = [self.of(Ratio(each.items, np.where(both, each.a, 0.0), np.where(both, each.b, 0.0))) for each in (one, other)]
         found: Array = apart[0] - apart[1]
         return found

@@ -39,26 +39,20 @@ class SharingFolder(RunFolder):
         if name not in SHARED_STEPS:
             return super().step(name, key, outputs, work, sealed)
         kept = RunFolder(self.shared / f"{name}-{key}")
-        if kept.finished(name, key, outputs) is not None:
-            return self._share(name, key, outputs, work, sealed, kept)
-        with held(self.shared / f".{name}-{key}.lock", lambda: self.say(f"{name}: another run is at it; waiting")):
-            return self._share(name, key, outputs, work, sealed, kept)
-
-    def _share(
-        self, name: str, key: str, outputs: list[str], work: Callable[[], Any], sealed: Iterable[str], kept: RunFolder
-    ) -> tuple[Any, bool]:
-        """Take the step if it is kept, else do it and leave it."""
+        record = kept.finished(name, key, outputs)
+        if record is None:
+            with held(self.shared / f".{name}-{key}.lock", lambda: self.say(f"{name}: another run is at it; waiting")):
+                record = kept.finished(name, key, outputs)  # whoever was waited for has left it
+                if record is None:
+                    if self.finished(name, key, outputs) is None:
+                        self._inherit(name, key)
+                    done = super().step(name, key, outputs, work, sealed)
+                    self._leave(name, key, outputs, kept)
+                    return done
         if self.finished(name, key, outputs) is None:
-            record = kept.finished(name, key, outputs)
-            if record is not None:
-                take(kept.path, self.path, tops(outputs))
-                write_json(self.path / "steps" / f"{name}.json", record)
-            else:
-                self._inherit(name, key)
-        result, reused = super().step(name, key, outputs, work, sealed)
-        if kept.finished(name, key, outputs) is None:
-            self._leave(name, key, outputs, kept)
-        return result, reused
+            take(kept.path, self.path, tops(outputs))
+            write_json(self.path / "steps" / f"{name}.json", record)
+        return super().step(name, key, outputs, work, sealed)
 
     def _inherit(self, name: str, key: str) -> None:
         """Go on with what a sibling had begun of this step when it was killed or failed: nobody else is at it while the lock is held."""

@@ -172,7 +172,7 @@ def check_target(path: Path) -> None:
     """
     if path.is_dir():
         raise BlockemError(f"{path} is a folder; give the name of a file")
-    lies_in = next(parent for parent in (path.parent, *path.absolute().parents) if parent.exists())
+    lies_in = next(parent for parent in path.absolute().parents if parent.exists())
     if not lies_in.is_dir() or not os.access(lies_in, os.W_OK):
         raise BlockemError(f"{path} cannot be written: {lies_in} is no folder that you may write to; choose another file")
 

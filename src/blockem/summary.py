@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blockem.errors import BlockemError
+from blockem.errors import BlockemError, reason
 from blockem.examples import read_rows
 from blockem.session import ROUNDS, VARIANTS, Session, environment
 from blockem.several_blocks import block_folder
@@ -67,8 +67,8 @@ def made_by_blockem(path: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise BlockemError(f"{path}: not what blockem writes there ({why}); remove it and run the step that makes it again") from error
+        what = f"{path}: not what blockem writes there ({reason(error)})"
+        raise BlockemError(f"{what}; remove it and run the step that makes it again") from error
 
 
 def _result(path: Path) -> dict[str, Any]:

@@ -310,7 +310,7 @@ def _run_transfer(session: Session, source: Path, name: str) -> None:
     files = ["latents.json", "latents.csv", "cards.json", "deltas.safetensors"]
     missing = [one for one in files if not (source / one).is_file()]
     if missing:
-        raise BlockemError(f"cell {name} has no {missing[0]}, so its latents cannot be tried elsewhere; its own error comes first")
+        raise BlockemError(f"cell {name} has no {missing[0]}, so its latents cannot be tried elsewhere; remove its folder and run again")
 
     def adopt(session: Session) -> None:
         def work() -> dict[str, Any]:

@@ -31,6 +31,7 @@ from blockem.errors import BlockemError, NoLatents
 from blockem.examples import Example
 from blockem.judges import Judge
 from blockem.latents import Latent, LatentSet
+from blockem.leakage import check_outside
 from blockem.model import LanguageModel
 from blockem.steering import median_norm
 from blockem.store import content_key, write_text
@@ -128,10 +129,7 @@ def discover(
         BlockemError: no pair or prompt is left, or no latent passes.
     """
     bar = progress or (lambda _what, _done, _total: None)
-    if not pairs or not prompts:
-        raise BlockemError(
-            "no selection pair or prompt lies outside the training domain; give --pairs and --selection-prompts with other domains"
-        )
+    check_outside(pairs, prompts)
     chosen_pairs = spread(pairs, config.pairs)
     spans = prompt_spans(lm, prompts) if config.tokens == "prompt" else answer_spans(lm, chosen_pairs)
     means = {}
