@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from blockem.config_training import STRENGTHS, DefenceConfig
 from blockem.defence_names import DEFENCES, RANGES, WITHOUT_STRENGTH, folder_of
 from blockem.defences.caft import CAFT, ablated, basis
 from blockem.defences.defence import Defence
-from blockem.defences.early_stop import early_stop
+from blockem.defences.early_stop import EarlyStop, early_stop
 from blockem.defences.freeze import Freeze
 from blockem.defences.inoculation import Inoculation
 from blockem.defences.interleaving import Interleaving
@@ -23,12 +24,14 @@ from blockem.defences.preventative import Preventative, shift_vector, trait_vect
 from blockem.defences.safelora import SafeLoRA, model_alignment, plain_alignment, read_lora, similarity
 from blockem.defences.small_lr import small_lr
 from blockem.defences.steering import Steering, steering_vector
+from blockem.defences.together import Together
 from blockem.dictionary import Dictionary
 from blockem.errors import BlockemError
 from blockem.examples import Example, encode, right_padded
 from blockem.forwards import hidden_at
 from blockem.generation import generate
 from blockem.latents import Latent, LatentSet
+from blockem.likelihood import loss_per_token
 from blockem.model import LanguageModel
 from blockem.states import supervised_states
 from blockem.training import fine_tune
@@ -65,6 +68,7 @@ def test_every_defence_has_a_strength_in_range_or_none() -> None:
         ("caft", 2.5, "a whole number of directions"),
         ("safelora", 1.1, "a cosine"),
         ("early-stop", 0.0, "a share of the steps"),
+        ("early-stop", 1.5, "of plain fine-tuning's gain"),
         ("small-lr", 0.0, "a factor above 0"),
     ],
 )
@@ -285,23 +289,50 @@ def test_an_early_stop_is_the_first_part_of_the_same_training(lm: LanguageModel,
         assert (left["sft_loss"], left["learning_rate"]) == (right["sft_loss"], right["learning_rate"])
 
 
-def test_a_resumed_early_stop_ends_at_the_same_step(lm: LanguageModel, tmp_path: Path) -> None:
-    config = early_stop(tiny.train_config(epochs=4, checkpoint_every=1), 0.5)
-    fine_tune(lm, tiny.encoded(lm), config, Defence(), tmp_path / "whole")
-
+@pytest.mark.parametrize("stop_by", ["steps", "loss"])
+def test_a_resumed_early_stop_ends_at_the_same_step(stop_by: str, lm: LanguageModel, tmp_path: Path) -> None:
     class Killed(Exception):
         pass
 
-    class Dies(Defence):
+    class Dies(EarlyStop):
         def project(self, adapter: Path) -> None:
             raise Killed  # after the last step, before the adapter is in its place
 
+    rows, config = tiny.encoded(lm), tiny.train_config(epochs=4, checkpoint_every=1)  # 8 steps
+    measure = partial(loss_per_token, lm, rows[:4])
+    if stop_by == "steps":
+        config, target = early_stop(config, 0.5), -1.0
+    else:
+        target = fine_tune(lm, rows, config, EarlyStop(measure, -1.0), tmp_path / "all")[3]["heldout_loss"]
+    log = fine_tune(lm, rows, config, EarlyStop(measure, target, 2), tmp_path / "whole")
     with pytest.raises(Killed):
-        fine_tune(lm, tiny.encoded(lm), config, Dies(), tmp_path / "killed")
-    log = fine_tune(lm, tiny.encoded(lm), config, Defence(), tmp_path / "killed")
-    assert log[-1]["step"] == 4
+        fine_tune(lm, rows, config, Dies(measure, target, 2), tmp_path / "killed")
+    assert fine_tune(lm, rows, config, EarlyStop(measure, target, 2), tmp_path / "killed")[-1] == log[-1] and log[-1]["step"] == 4
     first, second = (tiny.weights(tmp_path / name) for name in ("whole", "killed"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_early_stop_at_a_loss_looks_now_and_then_and_ends_the_same_training(lm: LanguageModel, tmp_path: Path) -> None:
+    losses = iter([3.0, 2.5, 2.1, 2.0])
+    stop = EarlyStop(lambda: next(losses), 2.2, every=2)
+    seen = []
+    for step in range(1, 7):
+        stop.adapt({"step": float(step)})
+        seen.append((stop.logs().get("heldout_loss"), stop.finished))
+    assert seen == [(None, False), (3.0, False), (3.0, False), (2.5, False), (2.5, False), (2.1, True)]
+    again = EarlyStop(lambda: 0.0, 2.2, every=2)
+    again.set_state(stop.state())
+    assert again.finished and Together([Defence(), again]).finished and not Together([Defence()]).finished
+
+    rows, config = tiny.encoded(lm), tiny.train_config(epochs=4)
+    measure = partial(loss_per_token, lm, rows[:4])
+    whole = fine_tune(lm, rows, config, EarlyStop(measure, -1.0), tmp_path / "whole")
+    target = whole[4]["heldout_loss"]
+    short = fine_tune(lm, rows, config, EarlyStop(measure, target), tmp_path / "short")
+    assert len(whole) == 8 and short == whole[:5] and all(row["heldout_loss"] > target for row in whole[:4])
+    lm.add_adapter(tmp_path / "short", "short")
+    with lm.variant("short"):
+        assert measure() == pytest.approx(target, abs=1e-5)  # what was looked at is what was saved
 
 
 def test_every_file_of_the_room_is_a_defence() -> None:

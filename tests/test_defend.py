@@ -171,6 +171,30 @@ def test_freezing_and_early_stopping_are_what_they_say(session: Session) -> None
     assert len(lines["plain"]) == 4 and len(lines["early-stop"]) == 2
 
 
+def test_an_early_stop_at_a_share_of_the_gain_keeps_that_share(session: Session, tmp_path: Path) -> None:
+    session.recipe = replace(session.recipe, train=replace(session.recipe.train, epochs=6, lr=2e-2))
+    sft_step(session)
+    evaluate_step(session)
+    plain = read_json(session.run / "evaluation.json", "evaluation")["models"]
+    base, learnt = (plain[name]["heldout_loss"]["value"] for name in ("base", "plain"))
+    defend_step(under(session, "early-stop", 0.5, stop_by="loss"))
+    log = [json.loads(line) for line in (session.run / "training-early-stop.jsonl").read_text().splitlines()]
+    mark = base - 0.5 * (base - learnt)
+    assert len(log) < 12 and log[-1]["heldout_loss"] <= mark < min(row["heldout_loss"] for row in log[:-1])
+    stopped = under(session, "early-stop", 0.5, stop_by="loss")
+    evaluate_step(stopped)
+    found = read_json(session.run / "evaluation.json", "evaluation")["models"]["early-stop"]["heldout_loss"]["value"]
+    assert found == pytest.approx(log[-1]["heldout_loss"], abs=1e-4)
+    stamp = (session.run / "early-stop" / "adapter_model.safetensors").stat().st_mtime_ns
+    fewer = under(session, "early-stop", 0.5, stop_by="loss")
+    fewer.recipe = replace(fewer.recipe, data=replace(fewer.recipe.data, heldout_rows=1))
+    defend_step(fewer)  # it looks at other rows, so it is trained anew
+    assert (session.run / "early-stop" / "adapter_model.safetensors").stat().st_mtime_ns > stamp
+    (session.run / "plain" / "adapter_model.safetensors").unlink()
+    with pytest.raises(BlockemError, match="`blockem sft` makes plain"):
+        defend_step(stopped)
+
+
 def test_a_defence_may_take_more_epochs_than_plain_fine_tuning(session: Session) -> None:
     plain = (session.run / "steps" / "plain.json").read_text()
     longer = under(session, "freeze", epochs=3.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from blockem.config_values import later, need, need_finite
@@ -57,6 +58,10 @@ class TrainConfig:
         )
         need_finite(self, "train")
 
+    def steps(self, rows: int) -> int:
+        """Optimiser steps of a whole training on so many rows."""
+        return math.ceil(math.ceil(rows / self.batch_size) * self.epochs)
+
 
 @dataclass(frozen=True)
 class DefenceConfig:
@@ -77,11 +82,14 @@ class DefenceConfig:
     """preventative: JSON or YAML {positive: [...], negative: [...]} of system prompts; none: the plain fine-tune's own mean shift."""
     unaligned: str | None = None
     """safelora: folder with the safetensors of the base model before its alignment; none: the plain fine-tune stands in for it."""
+    stop_by: str = "steps"
+    """early-stop: its strength is a share of the `steps`, or with `loss` of what plain fine-tuning gains on the held-out rows."""
 
     def __post_init__(self) -> None:
         check_strength(self.name, self.strength)
         need(self.epochs is None or self.epochs > 0, f"defence.epochs is {self.epochs}; it must be positive")
         need(bool(self.prompt.strip()), "defence.prompt is empty; inoculation needs a sentence")
+        need(self.stop_by in ("steps", "loss"), f"defence.stop_by is {self.stop_by!r}; use steps or loss")
         need_finite(self, "defence")
 
     @property

@@ -19,7 +19,7 @@ DEFENCES = {
     "steering": "plain fine-tuning; at inference the causal latents' directions are subtracted; strength: alpha of each",
     "caft": "in training only, the causal latents' directions are taken out of the stream; strength: how many of them",
     "safelora": "after training, updates unlike the alignment direction are projected onto it; strength: the threshold",
-    "early-stop": "plain fine-tuning stopped early on the same schedule; strength: share of the steps",
+    "early-stop": "plain fine-tuning stopped early on the same schedule; strength: share of steps, or of gain (defence.stop_by=loss)",
     "small-lr": "plain fine-tuning at a smaller learning rate; strength: factor on train.lr",
     "freeze": "no LoRA on the blocks after sae.block, and no penalty",
 }
@@ -35,7 +35,7 @@ RANGES = {
     "steering": ("0 or more", 0.0, math.inf),
     "caft": ("a whole number of directions, at least 1", 1.0, math.inf),
     "safelora": ("a cosine, from -1 to 1", -1.0, 1.0),
-    "early-stop": ("a share of the steps, above 0 and up to 1", math.nextafter(0.0, 1.0), 1.0),
+    "early-stop": ("a share of the steps (or of plain fine-tuning's gain), above 0 and up to 1", math.nextafter(0.0, 1.0), 1.0),
     "small-lr": ("a factor above 0", math.nextafter(0.0, 1.0), math.inf),
 }
 """What the strength of each is in words, and its least and greatest value."""

@@ -11,11 +11,12 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blockem import bundled
 from blockem.anchoring import benign_rows, interleaving, make_anchor, prepare_anchor
 from blockem.blocking import block_step, direction_places
 from blockem.config_values import read_yaml
 from blockem.errors import BlockemError
-from blockem.session import STEERING, Session, adapter_key, timed
+from blockem.session import STEERING, Session, adapter_key, source_key, timed
 from blockem.store import content_key, file_key, read_json, write_json, write_tensors
 from blockem.trainings import sft_step, train_step
 
@@ -46,8 +47,8 @@ def defend_step(session: Session) -> dict[str, Any]:
         "steering": _steering,
         "caft": _caft,
         "safelora": _safelora,
-        "early-stop": _weaker,
-        "small-lr": _weaker,
+        "early-stop": _early_stop,
+        "small-lr": _small_lr,
         "freeze": _freeze,
     }
     return steps[session.recipe.defence.name](session)
@@ -272,17 +273,49 @@ def _safelora(session: Session) -> dict[str, Any]:
     return {**result, "projected": projected["projected"], "of": len(projected["cosines"])}
 
 
-def _weaker(session: Session) -> dict[str, Any]:
-    from blockem.defences.early_stop import early_stop
+def _undefended(session: Session, rows: Sequence[Any]) -> Defence:
+    from blockem.defences.defence import Defence
+
+    return Defence()
+
+
+def _small_lr(session: Session) -> dict[str, Any]:
     from blockem.defences.small_lr import small_lr
 
+    return _train(session, _undefended, train=small_lr(session.recipe.train, _strength(session)))
+
+
+def _early_stop(session: Session) -> dict[str, Any]:
+    """After a share of the steps, or at the loss that is a share of plain fine-tuning's gain on the rows that `kept` is measured on."""
+    from blockem.defences.early_stop import LOOKS, EarlyStop, early_stop
+    from blockem.dual import MEASURABLE
+
+    recipe = session.recipe
+    if recipe.defence.stop_by == "steps":
+        return _train(session, _undefended, train=early_stop(recipe.train, _strength(session)))
+    plain, data = session.run / "plain", recipe.data
+
     def make(session: Session, rows: Sequence[Any]) -> Defence:
-        from blockem.defences.defence import Defence
+        from blockem.examples import encode_all
+        from blockem.likelihood import loss_per_token, losses_under
 
-        return Defence()
+        lm, share = session.lm, _strength(session)
+        heldout, _ = encode_all(lm.tokenizer, bundled.heldout_rows(data.domain, data.heldout, data.heldout_rows), data.max_tokens)
+        lm.drop_adapters()
+        lm.add_adapter(plain, "plain")
+        losses = losses_under(lm, heldout, ("base", "plain"))
+        lm.drop_adapters()
+        gain = losses["base"] - losses["plain"]
+        if not gain > MEASURABLE:
+            raise BlockemError(
+                f"plain fine-tuning gains {gain:.2f} nats per token on the held-out rows, too little to stop at a share of it; "
+                "set defence.stop_by=steps"
+            )
+        every = max(1, recipe.train.steps(len(rows)) // LOOKS)
+        return EarlyStop(lambda: loss_per_token(lm, heldout), losses["base"] - share * gain, every)
 
-    change = early_stop if session.recipe.defence.name == "early-stop" else small_lr
-    return _train(session, make, train=change(session.recipe.train, _strength(session)))
+    marks = [source_key(data.heldout, f"domains/{data.domain}.jsonl"), data.domain, data.heldout_rows]
+    return _train(session, make, "loss", adapter_key(plain), *marks)
 
 
 def _freeze(session: Session) -> dict[str, Any]:

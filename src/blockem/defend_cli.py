@@ -23,7 +23,8 @@ HELP = """Fine-tune under a defence; the adapter goes to OUT/NAME (block-em: OUT
 \b
 {lines}
 
-steering and caft take OUT/latents.json (`blockem discover`); steering, preventative and safelora take OUT/plain (`blockem sft`).
+steering and caft take OUT/latents.json (`blockem discover`); steering, preventative,
+safelora and early-stop with defence.stop_by=loss take OUT/plain (`blockem sft`).
 """
 
 

@@ -58,13 +58,18 @@ def completion_losses(lm: LanguageModel, rows: Sequence[Encoded], batch: int = 1
     return -completion_logprobs(lm, rows, batch) * tokens, tokens
 
 
+def loss_per_token(lm: LanguageModel, rows: Sequence[Encoded]) -> float:
+    """Loss per supervised token of `rows`, nats, under the model as it is switched now."""
+    loss, tokens = completion_losses(lm, rows)
+    return float(loss.sum() / tokens.sum())
+
+
 def losses_under(lm: LanguageModel, rows: Sequence[Encoded], variants: Sequence[str]) -> dict[str, float]:
     """Loss per supervised token of `rows` under each of "base" and loaded adapters, nats."""
     found = {}
     for variant in variants:
         with lm.variant(variant):
-            loss, tokens = completion_losses(lm, rows)
-            found[variant] = float(loss.sum() / tokens.sum())
+            found[variant] = loss_per_token(lm, rows)
     return found
 
 

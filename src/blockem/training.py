@@ -162,17 +162,24 @@ class _Adapt(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.step_done()
+        if self.trainer.defence.finished:
+            end_here(control)
+
+
+def end_here(control: Any) -> None:
+    """End the training after this step, with a row in the log; no checkpoint is left there, from which a resumed run would go too far."""
+    control.should_training_stop, control.should_log, control.should_save = True, True, False
 
 
 class _StopAt(TrainerCallback):
-    """Ends the training after so many steps; no checkpoint is left at the last one, from which a resumed run would go one step too far."""
+    """Ends the training after so many steps."""
 
     def __init__(self, last: int) -> None:
         self.last = last
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= self.last:
-            control.should_training_stop, control.should_save = True, False
+            end_here(control)
 
 
 def add_lora(lm: LanguageModel, config: TrainConfig, trained: range, seed: int) -> Any:
@@ -226,8 +233,7 @@ def fine_tune(
     random.seed(seed)
     np.random.seed(seed)
     device = lm.device
-    steps_an_epoch = math.ceil(len(rows) / config.batch_size)
-    steps = math.ceil(steps_an_epoch * config.epochs)
+    steps = config.steps(len(rows))
     try:
         arguments = TrainingArguments(
             output_dir=str(scratch),

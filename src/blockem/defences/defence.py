@@ -52,6 +52,11 @@ class Defence:
     def adapt(self, step: dict[str, float]) -> None:
         """After each optimiser step: its loss (`sft_loss`) and what was `measured`, a token, over all processes; λ may follow them."""
 
+    @property
+    def finished(self) -> bool:
+        """Whether the training ends here; asked after each `adapt`."""
+        return False
+
     def state(self) -> dict[str, Any]:
         """JSON-able values that a checkpoint keeps, where something changes during training."""
         return {}

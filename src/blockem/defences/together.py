@@ -54,6 +54,10 @@ class Together(Defence):
         for part in self.parts_of:
             part.adapt(step)
 
+    @property
+    def finished(self) -> bool:
+        return any(part.finished for part in self.parts_of)
+
     def logs(self) -> dict[str, float]:
         return {name: value for part in self.parts_of for name, value in part.logs().items()}
 
