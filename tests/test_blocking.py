@@ -10,18 +10,21 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from test_defend import recipe, session  # noqa: F401 - fixtures
 
 from blockem import Blocker, bundled
 from blockem.blocking import block_step
-from blockem.defences.block_em import penalty_of
+from blockem.defences.block_em import matched_lambda, penalty_of
 from blockem.defences.defence import Defence
 from blockem.defend import defend_step
+from blockem.discovery.discover import write_candidates
+from blockem.discovery.screen import Candidate
 from blockem.errors import BlockemError
 from blockem.examples import encode_all
 from blockem.reemergence.monitor import Reading
 from blockem.session import Session
-from blockem.store import read_json
+from blockem.store import read_json, write_tensors
 from blockem.training import fine_tune
 
 
@@ -77,10 +80,25 @@ def sample_rows(session: Session) -> list[Any]:  # noqa: F811
     return list(encode_all(session.lm.tokenizer, examples, data.max_tokens)[0])[:4]
 
 
-def test_block_em_trains_under_its_ablations(session: Session) -> None:  # noqa: F811
-    from blockem.discovery.discover import write_candidates
-    from blockem.discovery.screen import Candidate
+def test_random_latents_weigh_what_the_set_does(session: Session, tmp_path: Path) -> None:  # noqa: F811
+    write_candidates(session.run / "latents.csv", [])
+    write_tensors(session.run / "deltas.safetensors", {"frequency": torch.linspace(0.1, 0.9, tiny.N_LATENTS)})
+    own = block_step(with_block(session, lambda_=0.02))
+    kept = (session.run / "blocked-latents.json").read_bytes()
+    drawn = with_block(session, lambda_=0.02, control="random")
+    found = block_step(drawn)
+    assert own["lambda"] == 0.02 and found["p_mis_matched"] == pytest.approx(own["p_mis"]) and found["p_mis"] != own["p_mis"]
+    assert found["lambda"] * found["p_mis"] == pytest.approx(0.02 * own["p_mis"], rel=5e-3)  # λ has three digits
+    assert (session.run / "blocked-latents.json").read_bytes() == kept and not (session.run / "-latents.json").exists()
+    by_rule = block_step(with_block(session, control="random"))
+    assert "p_mis_matched" not in by_rule and by_rule["rule"] == "r · ΔSFT / P_mis"
+    (session.run / "plain" / "adapter_model.safetensors").unlink()
+    assert block_step(drawn)["lambda"] == 0.02  # nothing to weigh with
+    with pytest.raises(BlockemError, match="no λ makes them weigh"):
+        matched_lambda(1.0, 0.5, 0.0)
 
+
+def test_block_em_trains_under_its_ablations(session: Session) -> None:  # noqa: F811
     table = [Candidate(k, 1 if k % 2 else -1, (1 if k % 2 else -1) * k / 10, fate="candidate") for k in (1, 4, 9, 20)]
     found = {}
     for changes in ({}, {"select": "top-delta", "size": 2, "signs": "shuffled", "two_sided": True, "tokens": "all"}):

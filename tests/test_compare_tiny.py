@@ -100,3 +100,22 @@ def test_side_by_side_ends_with_the_figures_of_one_by_one(values: dict[str, Any]
     assert len({(one / "plain/adapter_model.safetensors").stat().st_ino for one in cells}) == 1
     for step in ("plain", "evaluate-base", "evaluate-plain"):  # seconds and all: done once
         assert len({(one / "steps" / f"{step}.json").read_text() for one in cells}) == 1
+
+
+def test_blocking_elsewhere_is_an_ablation(values: dict[str, Any], tmp_path: Path) -> None:
+    tiny.saved_sae(tmp_path / "later", seed=1)
+    last = tiny.N_BLOCKS - 1
+    ablations = {
+        "a later block": {"sae.id": f"{tmp_path}/later", "sae.block": last - 1},
+        "the last block": {"block.directions": 4, "block.direction_blocks": [last]},
+    }
+    quick = {**values["recipe"], "evaluate": {**values["recipe"]["evaluate"], "cue": "none", "answers": False}}
+    grid = grid_from({"recipe": quick, "defences": {"block-em": None}, "ablations": ablations, "resamples": 100})
+    comparison, _ = compare_all(grid, tmp_path / "out", quiet=True)
+    assert not comparison["failed"] and {one["label"] for one in comparison["settings"]} >= set(ablations)
+    blocks = {
+        cell.setting.label: json.loads((tmp_path / "out/cells" / cell.id / "summary.json").read_text())["blocking"] for cell in grid.cells
+    }
+    assert [blocks[name]["blocks"] for name in ("block-em", *ablations)] == [[tiny.BLOCK], [last - 1], [last]]
+    cells = [tmp_path / "out/cells" / cell.id / "plain/adapter_model.safetensors" for cell in grid.cells]
+    assert len({path.stat().st_ino for path in cells}) == 1

@@ -16,7 +16,7 @@ from blockem.cells import _answers, variant_of
 from blockem.errors import BlockemError
 from blockem.evaluation import interval, mean
 from blockem.grid import grid_from
-from blockem.report.comparison import csv_text, ours, plain_cell, write
+from blockem.report.comparison import csv_text, ours, pictures, plain_cell, write
 from blockem.report.comparison_charts import records
 from blockem.report.comparison_words import ablation_words, plane_words, recommendation_words, transfer_words
 from blockem.resampling import Draws, Ratio, choose, front, summary
@@ -193,9 +193,9 @@ def test_a_transfer_is_told_against_plain_and_against_the_domains_own_latents() 
 
 def test_where_plain_alone_keeps_the_rule_no_defence_is_said_to_fit(compared: tuple[dict[str, Any], Path]) -> None:
     found = {**compared[0]["recommendation"], "setting": "plain", "qualified": ["plain"]}
-    assert recommendation_words({"recommendation": found})[0].startswith("None of these defences fits")
+    assert recommendation_words({"recommendation": found, "seeds": [0, 1]})[0].startswith("None of these defences fits")
     several = {**found, "qualified": ["plain", "kl"]}
-    assert recommendation_words({"recommendation": several})[0].startswith("Use no defence")
+    assert recommendation_words({"recommendation": several, "seeds": [0, 1]})[0].startswith("Use no defence")
 
 
 def test_the_recommendation_keeps_the_task_and_says_how_sure_it_is(compared: tuple[dict[str, Any], Path]) -> None:
@@ -204,6 +204,7 @@ def test_the_recommendation_keeps_the_task_and_says_how_sure_it_is(compared: tup
     assert found["candidates"] == 4 and 0.9 < found["share"] <= 1 and sum(found["shares"].values()) == pytest.approx(1 - found["none"])
     words = " ".join(compared[0]["sentences"]["recommendation"])
     assert "of the 4 settings compared" in words and "bootstrap resamples" in words and "made on these data" in words
+    assert "one seed" not in words and "There is one seed" in " ".join(recommendation_words({"recommendation": found, "seeds": [3]}))
 
 
 def test_random_latents_are_compared_with_the_whole_on_the_same_prompts(compared: tuple[dict[str, Any], Path]) -> None:
@@ -211,6 +212,13 @@ def test_random_latents_are_compared_with_the_whole_on_the_same_prompts(compared
     row = dict(zip(figure["columns"], figure["rows"][0], strict=True))
     assert row["measure"] == "em" and row["low"] > 0 and row["difference"] == pytest.approx(row["value"] - row["whole"])
     assert "higher for random <img" in figure["sentence"]
+    words = {one.id: one.words for one in pictures(figure)}
+    assert set(words) >= {"ablations-em", "ablations-incoherent", "ablations-kept", "ablations-preference"}
+    assert (
+        words["ablations-em"] == figure["sentence"]
+        and ", in in-domain adherence: " in words["ablations-kept"]
+        and len(set(words.values())) == len(words)
+    )
 
 
 def test_csv_json_and_page_hold_the_same_numbers(compared: tuple[dict[str, Any], Path]) -> None:

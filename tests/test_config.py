@@ -171,6 +171,9 @@ def test_a_wrong_recipe_is_one_sentence_that_names_the_field(tmp_path: Path, tex
         ({"train.max_grad_norm": -1}, "train.max_grad_norm is -1.0; it must not be negative"),
         ({"train.schedule": "warmup_stable_decay"}, "train.schedule is 'warmup_stable_decay'; use one of linear, cosine"),
         ({"discover.prescreen": -3}, "discover.prescreen is -3; use 0 for all"),
+        ({"discover.rule": "weakest"}, "discover.rule is 'weakest'; use best or strongest"),
+        ({"discover.rule": "strongest", "discover.halving": True}, "which discover.rule=strongest does not ask"),
+        ({"defence.stop_by": "time"}, "defence.stop_by is 'time'; use steps or loss"),
         ({"discover.max_new_tokens": 0}, "discover.max_new_tokens is 0; it must be positive"),
         ({"block.r": -5}, "block.r is -5.0; it must be positive"),
         ({"block.rule_rows": 0}, "block.rule_rows is 0; it must be positive"),
@@ -312,7 +315,8 @@ def test_fields_that_came_later_do_not_change_keys_at_their_default() -> None:
     from blockem.config_values import keyed
 
     whole = Recipe().to_dict()
-    for section, name in (("sae", "more"), ("discover", "group"), ("anchor", "interleave"), ("anchor", "interleaved")):
+    later = {"sae": ["more"], "discover": ["group", "rule"], "defence": ["stop_by"], "anchor": ["interleave", "interleaved"]}
+    for section, name in ((section, name) for section, names in later.items() for name in names):
         del whole[section][name]
     assert keyed(Recipe()) == whole
     changed = Recipe().with_values({"sae.more": "x@3", "anchor.interleave": 0.2})

@@ -186,10 +186,18 @@ def test_an_early_stop_at_a_share_of_the_gain_keeps_that_share(session: Session,
     found = read_json(session.run / "evaluation.json", "evaluation")["models"]["early-stop"]["heldout_loss"]["value"]
     assert found == pytest.approx(log[-1]["heldout_loss"], abs=1e-4)
     stamp = (session.run / "early-stop" / "adapter_model.safetensors").stat().st_mtime_ns
+    facts = read_json(session.run / "steps" / "early-stop.json")["result"]
+    assert facts["reached"] and facts["target"] == pytest.approx(mark, abs=1e-4) and facts["loss"] == log[-1]["heldout_loss"]
     fewer = under(session, "early-stop", 0.5, stop_by="loss")
     fewer.recipe = replace(fewer.recipe, data=replace(fewer.recipe.data, heldout_rows=1))
     defend_step(fewer)  # it looks at other rows, so it is trained anew
     assert (session.run / "early-stop" / "adapter_model.safetensors").stat().st_mtime_ns > stamp
+    short = under(session, "early-stop", 1.0, stop_by="loss", epochs=1.0)
+    assert defend_step(short)["reached"] is False  # half of plain's training does not gain what plain does
+    short.recipe = replace(short.recipe, train=replace(short.recipe.train, lr=1e-9))
+    sft_step(short)
+    with pytest.raises(BlockemError, match="nats per token on the held-out rows, too little to stop"):
+        defend_step(short)
     (session.run / "plain" / "adapter_model.safetensors").unlink()
     with pytest.raises(BlockemError, match="`blockem sft` makes plain"):
         defend_step(stopped)

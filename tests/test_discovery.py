@@ -205,6 +205,9 @@ def test_each_side_keeps_its_best_strength_inside_the_budget_and_both_rules_are_
     assert (chosen.best_induce_alpha, chosen.best_repair_alpha) == (0.4, 0.4)
     assert (chosen.strongest_induce_alpha, chosen.strongest_repair_alpha) == (0.6, 0.6)
     assert chosen.best_induce_incoherence == 0.05
+    (other,) = rank(steered(Hump({})), raised(0), 1, (0.2, 0.4, 0.6, 0.8), rule="strongest")
+    assert (other.best_induce_alpha, other.best_repair_alpha) == (other.strongest_induce_alpha, other.strongest_repair_alpha) == (0.6, 0.6)
+    assert other.score == pytest.approx(1.6)
     assert chosen.score == chosen.best_induce + chosen.best_repair == pytest.approx(2)
 
 

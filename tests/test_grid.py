@@ -27,6 +27,16 @@ def test_every_strength_domain_and_seed_is_a_cell_with_a_readable_id() -> None:
     assert cell.setting.label == "block-em lambda=100"
 
 
+def test_a_share_of_the_gain_is_not_called_like_a_share_of_the_steps() -> None:
+    def labels(spec: Any) -> list[str]:
+        return [one.label for one in grid_from({"defences": {"early-stop": spec}}).settings]
+
+    by_loss = {"defence.stop_by": "loss"}
+    assert labels([0.5, 0.8]) == ["early-stop 0.5", "early-stop 0.8"]
+    assert labels({**by_loss, "defence.strength": [0.5, 0.8]}) == ["early-stop kept=0.5", "early-stop kept=0.8"]
+    assert labels({**by_loss, "defence.strength": 0.8}) == ["early-stop kept=0.8"]
+
+
 def test_a_recipe_file_is_found_beside_the_grid_and_its_own_domain_keeps_its_files(tmp_path: Path) -> None:
     for name in ("train", "heldout"):
         (tmp_path / f"{name}.jsonl").write_text("{}")

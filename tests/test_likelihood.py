@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from blockem.bundled import Pair
 from blockem.errors import BlockemError
 from blockem.examples import Encoded
-from blockem.likelihood import completion_logprobs, completion_losses, encode_pairs, margins
+from blockem.likelihood import completion_logprobs, completion_losses, encode_pairs, loss_per_token, margins
 from blockem.model import LanguageModel
 
 
@@ -35,6 +35,20 @@ def test_losses_are_sums_and_tokens(lm: LanguageModel) -> None:
     losses, tokens = completion_losses(lm, rows)
     assert tokens.tolist() == [row.n_supervised for row in rows]
     assert torch.allclose(losses / tokens, -completion_logprobs(lm, rows))
+
+
+def test_a_model_in_training_is_looked_at_without_dropout(lm: LanguageModel) -> None:
+    rows = tiny.encoded(lm, 4)
+    quiet = loss_per_token(lm, rows)
+    attention = lm.model.model.layers[0].self_attn
+    before, attention.attention_dropout = attention.attention_dropout, 0.5
+    try:
+        lm.model.train()
+        state = torch.get_rng_state()
+        assert loss_per_token(lm, rows) == quiet and lm.model.training and torch.equal(torch.get_rng_state(), state)
+    finally:
+        attention.attention_dropout = before
+        lm.model.eval()
 
 
 def test_the_variant_that_is_switched_on_is_scored(misaligned: LanguageModel) -> None:

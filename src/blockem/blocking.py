@@ -52,6 +52,7 @@ def block_step(
     name = name or ("random" if config.control == "random" else "blocked")
     by_rule = config.lambda_ is None
     adapter = misaligned or session.run / "plain"
+    matched = name == "random" and not by_rule and (adapter / "adapter_model.safetensors").is_file()
     files = {} if config.directions else _set_files(session, latents_file)
     sets = {block: LatentSet.load(path) for block, path in files.items()}
     if recipe.sae.more and (wrong := [(block, one.block) for block, one in sets.items() if one.block != block]):
@@ -62,7 +63,7 @@ def block_step(
     extra = content_key(  # in the order that a key of one set has always had
         *first[:2],
         asdict(config),
-        adapter_key(adapter) if by_rule or config.directions or config.follows else "",
+        adapter_key(adapter) if by_rule or config.directions or config.follows or matched else "",
         *first[2:],
         prepare_anchor(session, adapter, name, sick),
         *further,
@@ -70,7 +71,7 @@ def block_step(
     )
 
     def make(session: Session, rows: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
-        from blockem.defences.block_em import BlockEM, penalty_of, portable_lambda
+        from blockem.defences.block_em import BlockEM, matched_lambda, penalty_of, portable_lambda
         from blockem.defences.together import Together
         from blockem.likelihood import losses_under
 
@@ -97,13 +98,19 @@ def block_step(
         if recipe.sae.more:
             facts["n_by_block"] = {str(watch.block): len(watch.signs) for watch in blocker.watches}
         losses: dict[str, float] = {}
+        paid_by_set: float | None = None
         if "plain" in getattr(lm.model, "peft_config", {}):
             losses = losses_under(lm, sample, ("base", "plain"))
             facts["delta_sft"] = losses["base"] - losses["plain"]
             facts["p_mis"] = penalty_of(lm, "plain", blocker, sample)
+            if matched:
+                paid_by_set = penalty_of(lm, "plain", _latent_blocker(session, sets, None)[0], sample)
             lm.drop_adapters()
         if by_rule:
             facts["lambda"] = portable_lambda(config.r, facts["delta_sft"], facts["p_mis"])
+        elif paid_by_set is not None:
+            facts |= {"lambda": matched_lambda(config.lambda_ or 0.0, paid_by_set, facts["p_mis"]), "p_mis_matched": paid_by_set}
+            facts["rule"] = "given, times P_mis of the set / P_mis of the random latents"
         if config.base_values == "cached":
             facts["base_values_seconds"] = _keep_base_values(session, name, blocker, rows)
         session.console.say(f"  λ = {facts['lambda']:.4g} ({facts['rule']}), {what}")
@@ -217,15 +224,19 @@ def _set_parts(session: Session, sae: SaeConfig, path: Path | None, random: bool
         return [file_key(path), here.sae_key, file_key(deltas_file) if random else "", table]
 
 
-def _latent_blocker(session: Session, sets: Mapping[int, LatentSet], name: str) -> tuple[Blocker, str, int]:
-    """The latents of every block's set, or matched random ones, and how many; each set is kept beside its block's files."""
+def _latent_blocker(session: Session, sets: Mapping[int, LatentSet], name: str | None) -> tuple[Blocker, str, int]:
+    """The latents of every block's set, or matched random ones, and how many; each set is kept beside its block's files.
+
+    Without a name: the sets' own latents, and nothing is kept.
+    """
     from blockem.defences.block_em import Blocker, Watch
 
     watches = []
     for sae in session.recipe.sae.each:
         with at_block(session, sae) as here:
             if sae.block not in sets:
-                (here.run / taken_file(name)).unlink(missing_ok=True)  # an earlier training's set is not this one's
+                if name is not None:
+                    (here.run / taken_file(name)).unlink(missing_ok=True)  # an earlier training's set is not this one's
                 continue
             latents = _used(here, sets[sae.block], name)
             watches.append(Watch(here.dictionary.rows(latents.ids), tuple(latents.signs), latents.block))
@@ -233,8 +244,8 @@ def _latent_blocker(session: Session, sets: Mapping[int, LatentSet], name: str) 
     return Blocker.over(watches, session.recipe.block.measure), what, sum(len(watch.signs) for watch in watches)
 
 
-def _used(session: Session, latents: LatentSet, name: str) -> LatentSet:
-    """What a training takes of a set, written as `<name>-latents.json`."""
+def _used(session: Session, latents: LatentSet, name: str | None) -> LatentSet:
+    """What a training takes of a set, written as `<name>-latents.json` where it has a name."""
     from blockem.selection import read_candidates, selected
 
     latents.check(session.lm, session.dictionary)
@@ -250,7 +261,8 @@ def _used(session: Session, latents: LatentSet, name: str) -> LatentSet:
 
         stored = load_file(session.run / "deltas.safetensors")
         latents = matched_random(latents, stored["frequency"], session.recipe.seed, _pool_ids(session.run / "latents.csv"))
-    latents.save(session.run / taken_file(name))
+    if name is not None:
+        latents.save(session.run / taken_file(name))
     return latents
 
 

@@ -157,6 +157,8 @@ class DiscoverConfig:
     """With halving: take incoherence to grow with strength, and measure none beyond one that is outside the budget."""
     group: int = later(0)
     """Where fewer than `keep` pass alone, test those that failed in groups of so many (0: never; with halving on all pairs)."""
+    rule: str = later("best")
+    """Of the strengths inside the budget stage 3 takes on each side the `best` (published) or the `strongest` (its code's other rule)."""
 
     @property
     def effects(self) -> tuple[str, str]:
@@ -179,6 +181,11 @@ class DiscoverConfig:
         need(0 <= self.error < 1, f"discover.error is {self.error}; it is a probability, from 0 to below 1")
         need(all(n >= 2 for n in self.rungs), "discover.rungs must be numbers of pairs, at least 2 each")
         need(0 <= self.budget <= 1, f"discover.budget is {self.budget}; it is a share between 0 and 1")
+        need(self.rule in ("best", "strongest"), f"discover.rule is {self.rule!r}; use best or strongest")
+        need(
+            self.rule == "best" or not self.halving,
+            "discover.halving drops what cannot be among the best, which discover.rule=strongest does not ask; set one of them back",
+        )
         need(self.group == 0 or self.group >= 2, f"discover.group is {self.group}; use 0 for none, or at least 2 latents a group")
         need(
             self.group <= min(self.keep, self.size),

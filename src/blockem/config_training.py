@@ -82,7 +82,7 @@ class DefenceConfig:
     """preventative: JSON or YAML {positive: [...], negative: [...]} of system prompts; none: the plain fine-tune's own mean shift."""
     unaligned: str | None = None
     """safelora: folder with the safetensors of the base model before its alignment; none: the plain fine-tune stands in for it."""
-    stop_by: str = "steps"
+    stop_by: str = later("steps")
     """early-stop: its strength is a share of the `steps`, or with `loss` of what plain fine-tuning gains on the held-out rows."""
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ inference, and the model is the plain adapter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -293,13 +294,13 @@ def _early_stop(session: Session) -> dict[str, Any]:
     recipe = session.recipe
     if recipe.defence.stop_by == "steps":
         return _train(session, _undefended, train=early_stop(recipe.train, _strength(session)))
-    plain, data = session.run / "plain", recipe.data
+    plain, data, share = session.run / "plain", recipe.data, _strength(session)
 
-    def make(session: Session, rows: Sequence[Any]) -> Defence:
+    def made(session: Session, rows: Sequence[Any]) -> Made:
         from blockem.examples import encode_all
         from blockem.likelihood import loss_per_token, losses_under
 
-        lm, share = session.lm, _strength(session)
+        lm = session.lm
         heldout, _ = encode_all(lm.tokenizer, bundled.heldout_rows(data.domain, data.heldout, data.heldout_rows), data.max_tokens)
         lm.drop_adapters()
         lm.add_adapter(plain, "plain")
@@ -311,11 +312,18 @@ def _early_stop(session: Session) -> dict[str, Any]:
                 f"plain fine-tuning gains {gain:.2f} nats per token on the held-out rows, too little to stop at a share of it; "
                 "set defence.stop_by=steps"
             )
-        every = max(1, recipe.train.steps(len(rows)) // LOOKS)
-        return EarlyStop(lambda: loss_per_token(lm, heldout), losses["base"] - share * gain, every)
+        facts: dict[str, Any] = {"defence": "early-stop", "strength": share, "stop_by": "loss", "target": losses["base"] - share * gain}
+
+        def ended(loss: float | None, reached: bool) -> None:
+            facts.update(loss=loss, reached=reached)
+            if not reached:
+                session.console.say(f"  early-stop: {share:.0%} of plain fine-tuning's gain was never reached; this is the whole training")
+
+        every = math.ceil(recipe.train.steps(len(rows)) / LOOKS)
+        return EarlyStop(lambda: loss_per_token(lm, heldout), facts["target"], every, ended), facts
 
     marks = [source_key(data.heldout, f"domains/{data.domain}.jsonl"), data.domain, data.heldout_rows]
-    return _train(session, make, "loss", adapter_key(plain), *marks)
+    return train_step(session, "early-stop", _key(session, "loss", adapter_key(plain), *marks), made)
 
 
 def _freeze(session: Session) -> dict[str, Any]:

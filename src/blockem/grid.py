@@ -17,6 +17,7 @@ from blockem.errors import BlockemError
 from blockem.store import content_key
 
 STRENGTH = "defence.strength"
+BY_LOSS = ("defence.stop_by", "loss")
 PLACES = ("recipe", "seeds", "domains", "defences", "ablations")
 
 
@@ -43,6 +44,8 @@ class Setting:
         """How pages and messages call it."""
         if self.kind == "transfer":
             return f"latents of {self.name}"
+        if BY_LOSS in self.changes and (share := dict(self.changes).get(STRENGTH)) is not None:
+            return f"{self.name} kept={share:g}"  # its strength is a share of the gain, not of the steps
         if self.strength is None:
             return self.name
         what = "" if self.field == STRENGTH else f"{self.field.split('.')[-1].rstrip('_')}="

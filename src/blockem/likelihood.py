@@ -59,8 +59,13 @@ def completion_losses(lm: LanguageModel, rows: Sequence[Encoded], batch: int = 1
 
 
 def loss_per_token(lm: LanguageModel, rows: Sequence[Encoded]) -> float:
-    """Loss per supervised token of `rows`, nats, under the model as it is switched now."""
-    loss, tokens = completion_losses(lm, rows)
+    """Loss per supervised token of `rows`, nats, under the model as it is switched now; one in training is looked at without dropout."""
+    training = lm.model.training
+    lm.model.eval()
+    try:
+        loss, tokens = completion_losses(lm, rows)
+    finally:
+        lm.model.train(training)
     return float(loss.sum() / tokens.sum())
 
 

@@ -324,6 +324,18 @@ def _looked_at(rows: Sequence[Encoded], tokens: str) -> tuple[Sequence[Encoded],
     return ([all_supervised(row) for row in rows] if tokens == "all" else rows), supervised
 
 
+def matched_lambda(given: float, p_mis: float, p_mis_random: float) -> float:
+    """λ for random latents that weighs what plain fine-tuning would pay for them as `given` weighs what it would pay for the set.
+
+    Fine-tuning moves random latents less: at the same λ they would be a weaker penalty, not only other latents.
+    """
+    if not p_mis_random > 0:
+        raise BlockemError(
+            "plain fine-tuning moves none of the random latents (P_mis is 0), so no λ makes them weigh what the set does; try another seed"
+        )
+    return float(f"{given * p_mis / p_mis_random:.3g}")
+
+
 def portable_lambda(r: float, delta_sft: float, p_mis: float) -> float:
     """λ = r · ΔSFT / P_mis, to three digits: the scale of λ belongs to the SAE, this ratio does not.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from blockem.config_training import TrainConfig
@@ -25,12 +26,15 @@ class EarlyStop(Defence):
         loss: of the model as it stands in training, nats per token on rows that it does not train on.
         target: where to stop.
         every: optimiser steps from one look to the next.
+        ended: told, after the training, the loss of the last look (None: there was none) and whether the target was reached.
     """
 
     name = "early-stop"
 
-    def __init__(self, loss: Callable[[], float], target: float, every: int = 1) -> None:
-        self.loss, self.target, self.every = loss, target, every
+    def __init__(
+        self, loss: Callable[[], float], target: float, every: int = 1, ended: Callable[[float | None, bool], None] | None = None
+    ) -> None:
+        self.loss, self.target, self.every, self.ended = loss, target, every, ended
         self.seen: float | None = None
 
     @property
@@ -53,3 +57,7 @@ class EarlyStop(Defence):
 
     def set_state(self, state: dict[str, Any]) -> None:
         self.seen = state["seen"]
+
+    def project(self, adapter: Path) -> None:
+        if self.ended:
+            self.ended(self.seen, self.finished)

@@ -219,6 +219,7 @@ def _exhaustive(how: Measuring, tested: list[Candidate], config: DiscoverConfig)
         config.budget,
         config.budget_slack,
         lambda done, total: how.bar("stage 3: strengths", done, total),
+        config.rule,
     )
     n_first, n_last = (how.effects[name].chunks[-1][1] for name in config.effects)
     for one in tested:

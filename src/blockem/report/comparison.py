@@ -19,7 +19,7 @@ from blockem.comparison import is_plain
 from blockem.defence_names import DEFENCES
 from blockem.report import comparison_charts as charts
 from blockem.report.charts import marker
-from blockem.report.comparison_words import comparisons_words, recommendation_words, sentence, spread_words
+from blockem.report.comparison_words import ablation_words, comparisons_words, recommendation_words, sentence, spread_words
 from blockem.report.page import HERE, environment
 from blockem.report.results import Table, cell, percent, point_change
 from blockem.report.words import finite, interval, nats, nats_change, number
@@ -91,8 +91,10 @@ def pictures(figure: Mapping[str, Any]) -> list[Picture]:
     words = figure.get("sentence", "")
     if kind == "ablations":
         measures = list(dict.fromkeys(row["measure"] for row in charts.records(figure)))
-        each = [Picture(f"{name}-{one}", charts.NAMES[one], charts.ablations(figure, one), "", [], []) for one in measures]
-        return [Picture(one.id, f"{title}: {one.title}", one.chart, words if one is each[0] else "", [], []) for one in each]
+        return [
+            Picture(f"{name}-{one}", f"{title}: {charts.NAMES[one]}", charts.ablations(figure, one), ablation_words(figure, one), [], [])
+            for one in measures
+        ]
     if kind == "strength":
         tones = [(charts.NAMES[measure], tone) for measure, tone in ((figure["up"], "plain"), ("incoherent", "base"), ("kept", "blocked"))]
         return [Picture(name, title, charts.strengths(figure), words, [], tones)]

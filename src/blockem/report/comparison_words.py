@@ -58,10 +58,10 @@ def plane_words(figure: Mapping[str, Any]) -> str:
     return words + f"{lowest} against plain's {full(before)}, {lower(across)} {full(wide)}."
 
 
-def ablation_words(figure: Mapping[str, Any]) -> str:
-    """Which ablations differ in EM, else the preference, from the whole method."""
+def ablation_words(figure: Mapping[str, Any], measure: str = "") -> str:
+    """Which ablations differ in a measure (EM, else the preference) from the whole method."""
     rows = records(figure)
-    measure = "em" if any(row["measure"] == "em" for row in rows) else "preference"
+    measure = measure or ("em" if any(row["measure"] == "em" for row in rows) else "preference")
     rows = [row for row in rows if row["measure"] == measure]
     worse = [f"{row['ablation']} ({points(row['difference'], 1)} points)" for row in rows if row["low"] > 0]
     better = [f"{row['ablation']} ({points(row['difference'], 1)} points)" for row in rows if row["high"] < 0]
@@ -127,6 +127,8 @@ def recommendation_words(comparison: Mapping[str, Any]) -> list[str]:
         others = sorted(((v, k) for k, v in found_["shares"].items() if k != name and v > 0), reverse=True)[:2]
         rivals = f" (next: {listed([f'{k} in {share(v)}' for v, k in others])})" if others else ""
         said.append(f"It is the one chosen in {share(found_['share'])} of {found_['resamples']} bootstrap resamples{rivals}.")
+        if len(comparison["seeds"]) == 1:
+            said.append("There is one seed, so this knows nothing of how much two trainings of the same setting differ.")
     if limit is None:
         said.append("No answers were judged, so EM is the preference for wrong answers, and incoherence was not looked at.")
     if found_["left_out"]:
