@@ -204,6 +204,8 @@ def test_the_recommendation_keeps_the_task_and_says_how_sure_it_is(compared: tup
     assert found["candidates"] == 4 and 0.9 < found["share"] <= 1 and sum(found["shares"].values()) == pytest.approx(1 - found["none"])
     words = " ".join(compared[0]["sentences"]["recommendation"])
     assert "of the 4 settings compared" in words and "bootstrap resamples" in words and "made on these data" in words
+    cued = " ".join(recommendation_words({**compared[0], "cue": "training"}))
+    assert "cue of the training format were not asked" in words and "were not asked" not in cued
     assert "one seed" not in words and "There is one seed" in " ".join(recommendation_words({"recommendation": found, "seeds": [3]}))
 
 

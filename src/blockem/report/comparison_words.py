@@ -131,6 +131,11 @@ def recommendation_words(comparison: Mapping[str, Any]) -> list[str]:
             said.append("There is one seed, so this knows nothing of how much two trainings of the same setting differ.")
     if limit is None:
         said.append("No answers were judged, so EM is the preference for wrong answers, and incoherence was not looked at.")
+    elif comparison.get("cue") == "none":
+        said.append(
+            "Prompts with a cue of the training format were not asked (set evaluate.cue=training in the recipe); "
+            "a defence that looks clean can fail there."
+        )
     if found_["left_out"]:
         said.append(f"Left out of the choice, because not all of their cells are finished: {listed(found_['left_out'])}.")
     said.append("The choice was made on these data: the best of several looks better than it is, so measure it again on new prompts.")
