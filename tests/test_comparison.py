@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,8 @@ def test_random_latents_are_compared_with_the_whole_on_the_same_prompts(compared
     assert row["measure"] == "em" and row["low"] > 0 and row["difference"] == pytest.approx(row["value"] - row["whole"])
     assert "higher for random <img" in figure["sentence"]
     words = {one.id: one.words for one in pictures(figure)}
+    ticks = re.findall(r'class="tick"[^>]*>([^<]+)<', str(pictures(figure)[0].chart))
+    assert max(abs(float(tick.replace("−", "-"))) for tick in ticks) >= 5  # percentage points, as the values beside them
     assert set(words) >= {"ablations-em", "ablations-incoherent", "ablations-kept", "ablations-preference"}
     assert (
         words["ablations-em"] == figure["sentence"]

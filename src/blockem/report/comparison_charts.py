@@ -26,7 +26,7 @@ from blockem.report.charts import (
     scale,
     tick_label,
 )
-from blockem.report.words import Interval, full, points, share
+from blockem.report.words import Interval, full, number, points, share
 
 NAMES = {
     "em": "Misaligned answers (EM)",
@@ -250,8 +250,7 @@ def matrix(figure: Mapping[str, Any]) -> Markup | None:
 def ablations(figure: Mapping[str, Any], measure: str) -> Markup | None:
     """Each ablation minus the whole method in one measure, with 95 % intervals round a rule at 0."""
     rows = [row for row in records(figure) if row["measure"] == measure]
-    dots = [(row["ablation"], Interval(row["difference"], row["low"], row["high"], row["n"])) for row in rows]
+    dots = [(row["ablation"], Interval(100 * row["difference"], 100 * row["low"], 100 * row["high"], row["n"])) for row in rows]
     shown = [Row(name, [Dot(name, "blocked", one)]) for name, one in dots]
-    return dot_plot(
-        shown, f"{NAMES[measure]}, ablation minus {figure['whole']}, percentage points", lambda value: points(value, 1), None, 0.0
-    )
+    label = f"{NAMES[measure]}, ablation minus {figure['whole']}, percentage points"
+    return dot_plot(shown, label, lambda value: number(value, 1, plus=True), None, 0.0, least=10.0)
