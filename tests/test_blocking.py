@@ -96,6 +96,7 @@ def test_random_latents_weigh_what_the_set_does(session: Session, tmp_path: Path
     assert block_step(drawn)["lambda"] == 0.02  # nothing to weigh with
     with pytest.raises(BlockemError, match="no λ makes them weigh"):
         matched_lambda(1.0, 0.5, 0.0)
+    assert matched_lambda(0.0, 0.5, 0.0) == 0.0
 
 
 def test_block_em_trains_under_its_ablations(session: Session) -> None:  # noqa: F811

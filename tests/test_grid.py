@@ -35,6 +35,8 @@ def test_a_share_of_the_gain_is_not_called_like_a_share_of_the_steps() -> None:
     assert labels([0.5, 0.8]) == ["early-stop 0.5", "early-stop 0.8"]
     assert labels({**by_loss, "defence.strength": [0.5, 0.8]}) == ["early-stop kept=0.5", "early-stop kept=0.8"]
     assert labels({**by_loss, "defence.strength": 0.8}) == ["early-stop kept=0.8"]
+    with pytest.raises(BlockemError, match=r"early-stop kept=much: defence\.strength is 'much'; it must be a number"):
+        labels({**by_loss, "defence.strength": "much"})
 
 
 def test_a_recipe_file_is_found_beside_the_grid_and_its_own_domain_keeps_its_files(tmp_path: Path) -> None:

@@ -111,6 +111,8 @@ def block_step(
         elif paid_by_set is not None:
             facts |= {"lambda": matched_lambda(config.lambda_ or 0.0, paid_by_set, facts["p_mis"]), "p_mis_matched": paid_by_set}
             facts["rule"] = "given, times P_mis of the set / P_mis of the random latents"
+        elif name == "random":
+            session.console.say("  note: there is no plain fine-tune to weigh the random latents with, so λ is as given")
         if config.base_values == "cached":
             facts["base_values_seconds"] = _keep_base_values(session, name, blocker, rows)
         session.console.say(f"  λ = {facts['lambda']:.4g} ({facts['rule']}), {what}")

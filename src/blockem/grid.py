@@ -45,7 +45,7 @@ class Setting:
         if self.kind == "transfer":
             return f"latents of {self.name}"
         if BY_LOSS in self.changes and (share := dict(self.changes).get(STRENGTH)) is not None:
-            return f"{self.name} kept={share:g}"  # its strength is a share of the gain, not of the steps
+            return f"{self.name} kept={share}"  # its strength is a share of the gain, not of the steps
         if self.strength is None:
             return self.name
         what = "" if self.field == STRENGTH else f"{self.field.split('.')[-1].rstrip('_')}="

@@ -329,6 +329,8 @@ def matched_lambda(given: float, p_mis: float, p_mis_random: float) -> float:
 
     Fine-tuning moves random latents less: at the same λ they would be a weaker penalty, not only other latents.
     """
+    if given == 0:
+        return 0.0
     if not p_mis_random > 0:
         raise BlockemError(
             "plain fine-tuning moves none of the random latents (P_mis is 0), so no λ makes them weigh what the set does; try another seed"
