@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -290,24 +291,29 @@ def test_an_early_stop_is_the_first_part_of_the_same_training(lm: LanguageModel,
 
 
 @pytest.mark.parametrize("stop_by", ["steps", "loss"])
-def test_a_resumed_early_stop_ends_at_the_same_step(stop_by: str, lm: LanguageModel, tmp_path: Path) -> None:
+def test_a_resumed_early_stop_ends_at_the_same_step(
+    stop_by: str, lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Killed(Exception):
         pass
 
-    class Dies(EarlyStop):
-        def project(self, adapter: Path) -> None:
-            raise Killed  # after the last step, before the adapter is in its place
+    def dies(adapter: Path) -> None:
+        raise Killed  # after the last step, before the adapter is in its place
 
     rows, config = tiny.encoded(lm), tiny.train_config(epochs=4, checkpoint_every=1)  # 8 steps
     measure = partial(loss_per_token, lm, rows[:4])
+    make: Callable[[], Defence] = Defence
     if stop_by == "steps":
-        config, target = early_stop(config, 0.5), -1.0
+        config = early_stop(config, 0.5)
     else:
         target = fine_tune(lm, rows, config, EarlyStop(measure, -1.0), tmp_path / "all")[3]["heldout_loss"]
-    log = fine_tune(lm, rows, config, EarlyStop(measure, target, 2), tmp_path / "whole")
+        make = partial(EarlyStop, measure, target, 2)
+    log = fine_tune(lm, rows, config, make(), tmp_path / "whole")
+    killed = make()
+    monkeypatch.setattr(killed, "project", dies)
     with pytest.raises(Killed):
-        fine_tune(lm, rows, config, Dies(measure, target, 2), tmp_path / "killed")
-    assert fine_tune(lm, rows, config, EarlyStop(measure, target, 2), tmp_path / "killed")[-1] == log[-1] and log[-1]["step"] == 4
+        fine_tune(lm, rows, config, killed, tmp_path / "killed")
+    assert fine_tune(lm, rows, config, make(), tmp_path / "killed")[-1] == log[-1] and log[-1]["step"] == 4
     first, second = (tiny.weights(tmp_path / name) for name in ("whole", "killed"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blockem import bundled
 from blockem.anchoring import interleaving, make_anchor, prepare_anchor
 from blockem.errors import BlockemError
 from blockem.session import BLOCKED, Session, adapter_key, existing, source_key, taken_file
@@ -132,8 +131,7 @@ def block_step(
 def _monitor_parts(session: Session) -> list[str]:
     """What a training with the monitor depends on besides: the rows that it looks at, and the pairs whose margin growing raises."""
     data = session.recipe.data
-    rows = [source_key(data.heldout, f"domains/{data.domain}.jsonl"), data.domain, data.heldout_rows]
-    return [content_key("monitor", *rows, source_key(data.pairs, "pairs.jsonl"))]
+    return [content_key("monitor", session.heldout_key, data.domain, data.heldout_rows, source_key(data.pairs, "pairs.jsonl"))]
 
 
 def _ascent(session: Session, facts: dict[str, Any], start: float | None, adapter: Path) -> tuple[DualAscent | None, PlainCurve | None]:
@@ -168,16 +166,14 @@ def _watchdog(session: Session, name: str, blocking: BlockEM, adapter: Path, sam
     from blockem.defences.block_em import paid_by_latent
     from blockem.defences.watchdog import Watchdog
     from blockem.discovery.attribution import margin_gradient
-    from blockem.examples import encode_all
     from blockem.latents import Latent, LatentSet
     from blockem.reemergence.monitor import Monitor
 
     recipe, lm = session.recipe, session.lm
-    config, data = recipe.block, recipe.data
+    config = recipe.block
     if not (adapter / "adapter_model.safetensors").is_file():
         raise BlockemError("block.monitor_every compares with plain fine-tuning, and there is none; run `blockem sft` first")
-    heldout = bundled.heldout_rows(data.domain, data.heldout, data.heldout_rows)[:MONITORED_ROWS]
-    rows, _ = encode_all(lm.tokenizer, heldout, data.max_tokens)
+    rows = session.heldout(MONITORED_ROWS)
     lm.drop_adapters()
     lm.add_adapter(adapter, "plain")
     gradient = margin_gradient(lm, session.selection_pairs(), recipe.sae.block, "plain") if config.grow else None

@@ -12,12 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blockem import bundled
 from blockem.anchoring import benign_rows, interleaving, make_anchor, prepare_anchor
 from blockem.blocking import block_step, direction_places
 from blockem.config_values import read_yaml
 from blockem.errors import BlockemError
-from blockem.session import STEERING, Session, adapter_key, source_key, timed
+from blockem.session import STEERING, Session, adapter_key, timed
 from blockem.store import content_key, file_key, read_json, write_json, write_tensors
 from blockem.trainings import sft_step, train_step
 
@@ -297,11 +296,10 @@ def _early_stop(session: Session) -> dict[str, Any]:
     plain, data, share = session.run / "plain", recipe.data, _strength(session)
 
     def made(session: Session, rows: Sequence[Any]) -> Made:
-        from blockem.examples import encode_all
         from blockem.likelihood import loss_per_token, losses_under
 
         lm = session.lm
-        heldout, _ = encode_all(lm.tokenizer, bundled.heldout_rows(data.domain, data.heldout, data.heldout_rows), data.max_tokens)
+        heldout = session.heldout()
         lm.drop_adapters()
         lm.add_adapter(plain, "plain")
         losses = losses_under(lm, heldout, ("base", "plain"))
@@ -322,8 +320,8 @@ def _early_stop(session: Session) -> dict[str, Any]:
         every = math.ceil(recipe.train.steps(len(rows)) / LOOKS)
         return EarlyStop(lambda: loss_per_token(lm, heldout), facts["target"], every, ended), facts
 
-    marks = [source_key(data.heldout, f"domains/{data.domain}.jsonl"), data.domain, data.heldout_rows]
-    return train_step(session, "early-stop", _key(session, "loss", adapter_key(plain), *marks), made)
+    key = _key(session, "loss", adapter_key(plain), session.heldout_key, data.domain, data.heldout_rows)
+    return train_step(session, "early-stop", key, made)
 
 
 def _freeze(session: Session) -> dict[str, Any]:

@@ -32,6 +32,17 @@ def unwrapped(model: nn.Module) -> Any:
     return wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A context in which a model that may be in training is looked at without dropout; it is left as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def blocks(model: nn.Module) -> nn.ModuleList:
     """The transformer blocks, in order.
 

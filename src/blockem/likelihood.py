@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from blockem.bundled import Pair
 from blockem.errors import BlockemError
 from blockem.examples import IGNORED, Encoded, by_length, encode, one_turn, right_padded
-from blockem.forwards import decoder
+from blockem.forwards import decoder, evaluating
 from blockem.head import supervised_logprobs
 from blockem.model import LanguageModel
 
@@ -60,12 +60,8 @@ def completion_losses(lm: LanguageModel, rows: Sequence[Encoded], batch: int = 1
 
 def loss_per_token(lm: LanguageModel, rows: Sequence[Encoded]) -> float:
     """Loss per supervised token of `rows`, nats, under the model as it is switched now; one in training is looked at without dropout."""
-    training = lm.model.training
-    lm.model.eval()
-    try:
+    with evaluating(lm.model):
         loss, tokens = completion_losses(lm, rows)
-    finally:
-        lm.model.train(training)
     return float(loss.sum() / tokens.sum())
 
 

@@ -148,7 +148,7 @@ def evaluate_step(session: Session, adapters: dict[str, Path] | None = None) -> 
         data.heldout_rows,
         source_key(data.pairs, "pairs.jsonl"),
         source_key(data.prompts, "final_prompts.jsonl"),
-        source_key(data.heldout, f"domains/{data.domain}.jsonl"),
+        session.heldout_key,
         source_key(data.general, "general_chat.jsonl"),
         recipe.seed,
         source_key(data.train, f"domains/{data.domain}.jsonl") if recipe.evaluate.cue != "none" else "",
@@ -175,7 +175,6 @@ def _evaluate_one(session: Session, name: str, adapter: Path | None) -> dict[str
     if adapter is not None:
         lm.add_adapter(adapter, name)
     pairs = bundled.evaluation_pairs(recipe.data.pairs)
-    heldout = bundled.heldout_rows(recipe.data.domain, recipe.data.heldout, recipe.data.heldout_rows)
     general = bundled.general_rows(recipe.data.general)
     found: dict[str, Any] = {}
     with lm.variant(name), inference_hooks(session, name)(lm.model):
@@ -183,8 +182,8 @@ def _evaluate_one(session: Session, name: str, adapter: Path | None) -> dict[str
         found["margins"] = margins(completion_logprobs(lm, encode_pairs(lm, pairs, recipe.data.max_tokens))).tolist()
         _check_finite(name, found["margins"])
         session.console.bar(1, 3)
-        for place, (label, examples) in enumerate((("heldout", heldout), ("general", general[: recipe.evaluate.general_rows]))):
-            rows, _ = encode_all(lm.tokenizer, examples, recipe.data.max_tokens)
+        chat, _ = encode_all(lm.tokenizer, general[: recipe.evaluate.general_rows], recipe.data.max_tokens)
+        for place, (label, rows) in enumerate((("heldout", session.heldout()), ("general", chat))):
             losses, tokens = completion_losses(lm, rows)
             found[label] = [losses.tolist(), tokens.tolist()]
             _check_finite(name, found[label][0])
@@ -272,7 +271,6 @@ def audit_step(session: Session) -> dict[str, Any]:
     if "plain" not in adapters:
         raise BlockemError(f"{run.path} holds no plain fine-tune to audit against; run `blockem sft` first")
     data = recipe.data
-    heldout = source_key(data.heldout, f"domains/{data.domain}.jsonl")
     blocked = {name: path for name in adapters if (path := run / taken_file(name)).is_file()}
     parts: list[Any] = [
         {name: adapter_key(path) for name, path in adapters.items()},
@@ -283,10 +281,11 @@ def audit_step(session: Session) -> dict[str, Any]:
         kept = {name: path for name in adapters if (path := block_folder(session, sae) / taken_file(name)).is_file()}
         further |= {sae: kept} if kept else {}
     parts += [[sae.id, sae.block, {name: file_key(path) for name, path in kept.items()}] for sae, kept in further.items()]
-    key = content_key("audit", session.model_key, session.sae_key, heldout, data.heldout_rows, data.max_tokens, data.domain, parts)
+    key = content_key(
+        "audit", session.model_key, session.sae_key, session.heldout_key, data.heldout_rows, data.max_tokens, data.domain, parts
+    )
 
     def work() -> dict[str, Any]:
-        from blockem.examples import encode_all
         from blockem.latents import LatentSet
         from blockem.reemergence.audit import audit
 
@@ -294,7 +293,7 @@ def audit_step(session: Session) -> dict[str, Any]:
         lm.drop_adapters()
         for name, path in adapters.items():
             lm.add_adapter(path, name)
-        rows, _ = encode_all(lm.tokenizer, bundled.heldout_rows(data.domain, data.heldout, data.heldout_rows), data.max_tokens)
+        rows = session.heldout()
         sets = {name: LatentSet.load(path) for name, path in blocked.items()}
         dictionary = session.dictionary if sets else None
         session.console.start("audit: held-out answers")

@@ -21,6 +21,7 @@ from blockem.store import RunFolder, content_key, file_key, read_json
 
 if TYPE_CHECKING:
     from blockem.dictionary import Dictionary
+    from blockem.examples import Encoded
     from blockem.judges import Judge
     from blockem.model import LanguageModel
 
@@ -136,6 +137,20 @@ class Session:
         if "plain" in found and (self.run / STEERING).is_file():
             found["steering"] = found["plain"]
         return {name: found[name] for name in VARIANTS if name in found}
+
+    @property
+    def heldout_key(self) -> str:
+        """Content key of where the held-out rows come from."""
+        data = self.recipe.data
+        return source_key(data.heldout, f"domains/{data.domain}.jsonl")
+
+    def heldout(self, most: int | None = None) -> list[Encoded]:
+        """The held-out rows of the task, or the first `most` of them, encoded."""
+        from blockem.examples import encode_all
+
+        data = self.recipe.data
+        examples = bundled.heldout_rows(data.domain, data.heldout, data.heldout_rows)[:most]
+        return encode_all(self.lm.tokenizer, examples, data.max_tokens)[0]
 
     def selection_pairs(self) -> list[bundled.Pair]:
         """Selection pairs outside the training domain."""

@@ -30,12 +30,8 @@ class Inputs:
 
 def _heldout(session: Session) -> tuple[list[Encoded], str]:
     """Held-out rows of the task, and what they depend on."""
-    from blockem.examples import encode_all
-
     data = session.recipe.data
-    key = content_key(source_key(data.heldout, f"domains/{data.domain}.jsonl"), data.heldout_rows, data.max_tokens, data.domain)
-    rows, _ = encode_all(session.lm.tokenizer, bundled.heldout_rows(data.domain, data.heldout, data.heldout_rows), data.max_tokens)
-    return rows, key
+    return session.heldout(), content_key(session.heldout_key, data.heldout_rows, data.max_tokens, data.domain)
 
 
 def _pairs(session: Session) -> list[bundled.Pair]:

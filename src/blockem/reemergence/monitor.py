@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from blockem.dictionary import Dictionary
 from blockem.errors import BlockemError
 from blockem.examples import IGNORED, Encoded, by_length, right_padded
-from blockem.forwards import hidden_at
+from blockem.forwards import evaluating, hidden_at
 from blockem.model import LanguageModel
 from blockem.reemergence.audit import split_at_k
 
@@ -104,12 +104,8 @@ class Monitor:
 
     def read(self, model: nn.Module, ids: Sequence[int], signs: Sequence[int]) -> Reading:
         """Look at a model in training, of which latents `ids` with `signs` are blocked."""
-        training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             hidden, latents = self._means(model)
-        finally:
-            model.train(training)
         deltas = latents - self.base[1]
         blocked, off, off_plain = split_at_k(deltas, self.plain, ids, signs)
         along = float((hidden - self.base[0]) @ self.shift / (self.shift @ self.shift))
