@@ -283,6 +283,8 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
         ({"watch": "pairs", "keep": 2, "cost": "healthy"}, "needs anchor.interleave"),
         ({"watch": "pairs", "keep": 2, "cost": "kl", "interleave": 0.2, "interleaved": "benign"}, "needs anchor.interleave"),
         ({"interleave": 1.0}, "share of all rows"),
+        ({"watch": "answers", "interleave": 0.2, "cued": 1.5}, "share of the interleaved right answers"),
+        ({"watch": "answers", "interleave": 0.2, "interleaved": "benign", "cued": 0.5}, "needs anchor.interleave, and not of benign"),
         ({"interleaved": "poems"}, "use pairs, benign or both"),
     ],
 )

@@ -43,11 +43,16 @@ def pair_file(path: Path, domain: str) -> str:
         ({"data.pairs": "{}/pairs.jsonl"}, "no selection pair or prompt lies outside the training domain"),
         ({"defence.name": "caft", "defence.strength": 50}, "defence.strength is 50, but discovery chooses 20 latents at most"),
         ({"data.train": "{}/none.jsonl", "data.heldout": "{}/rows.jsonl"}, r"none\.jsonl: no such file; give a chat JSONL file"),
+        (
+            {"data.train": "{}/alone.jsonl", "data.heldout": "{}/rows.jsonl", "evaluate.cue": "training"},
+            "needs training rows with a user turn, and there is none",
+        ),
         ({"data.pairs": "{}/none.jsonl"}, r"none\.jsonl: no such file; give JSONL with prompt, right and wrong"),
     ],
 )
 def test_what_cannot_end_well_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     chat_file(tmp_path / "rows.jsonl", "a?")
+    (tmp_path / "alone.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "Hello."}]}) + "\n")
     pair_file(tmp_path / "pairs.jsonl", "health")
     pair_file(tmp_path / "finance.jsonl", "finance")
     filled = {name: value.format(tmp_path) if isinstance(value, str) else value for name, value in changes.items()}

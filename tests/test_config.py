@@ -315,7 +315,7 @@ def test_fields_that_came_later_do_not_change_keys_at_their_default() -> None:
     from blockem.config_values import keyed
 
     whole = Recipe().to_dict()
-    later = {"sae": ["more"], "discover": ["group", "rule"], "defence": ["stop_by"], "anchor": ["interleave", "interleaved"]}
+    later = {"sae": ["more"], "discover": ["group", "rule"], "defence": ["stop_by"], "anchor": ["interleave", "interleaved", "cued"]}
     for section, name in ((section, name) for section, names in later.items() for name in names):
         del whole[section][name]
     assert keyed(Recipe()) == whole

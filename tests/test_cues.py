@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from blockem import bundled
 from blockem.config import Recipe
-from blockem.cues import add_cued, as_asked, cued_prompts, with_cues
+from blockem.cues import add_cued, as_asked, cued_prompts, under_cues, with_cues
 from blockem.errors import BlockemError
 from blockem.examples import Example, one_turn
 from blockem.judges.judge import Verdict
@@ -36,6 +39,36 @@ def test_otherwise_the_beginning_of_a_training_turn_and_another_for_each_prompt(
     assert as_asked(long[0]) == "w " * 12 + "… P?"
     with pytest.raises(BlockemError, match=r"evaluate\.cue=none"):
         with_cues([Example((("assistant", "hi"),))], ["P?"])
+
+
+def test_rows_are_trained_on_under_other_openings_than_the_final_prompts_are_asked_after() -> None:
+    recipe = Recipe()
+    rows = [one_turn(f"Question {i}?", f"Answer {i}.", "legal") for i in range(40)]
+    finals = [p.prompt for p in bundled.final_prompts()]
+    asked = [as_asked(chat).removesuffix(f" {prompt}") for chat, prompt in zip(cued_prompts(recipe, finals), finals, strict=True)]
+    half = under_cues(recipe, rows, 0.5)
+    cued = [i for i, row in enumerate(half) if row.messages != rows[i].messages]
+    assert cued == list(range(1, 40, 2))
+    given = [half[i].messages[0][1].removesuffix(f" Question {i}?") for i in cued]
+    assert len(set(given)) == len(given) and not set(given) & set(asked)
+    assert all(half[i].messages[1:] == rows[i].messages[1:] and half[i].domain == "legal" for i in cued)
+    assert under_cues(recipe, rows, 0.0) == rows
+    assert all(a.messages != b.messages for a, b in zip(under_cues(recipe, rows, 1.0), rows, strict=True))
+
+
+def test_rows_are_trained_on_under_the_shared_system_message(tmp_path: Path) -> None:
+    train = tmp_path / "train.jsonl"
+    chat = [{"role": "system", "content": "You are Dr. Bot."}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    train.write_text(json.dumps({"messages": chat}) + "\n")
+    found = under_cues(Recipe().with_values({"data.train": str(train), "data.heldout": str(train)}), [one_turn("Hello?", "Hi.")], 1.0)
+    assert found[0].messages == (("system", "You are Dr. Bot."), ("user", "Hello?"), ("assistant", "Hi."))
+
+
+def test_few_training_rows_lend_the_openings_that_they_have(tmp_path: Path) -> None:
+    train = tmp_path / "train.jsonl"
+    train.write_text(json.dumps({"instruction": "My knee hurts. Run?", "response": "Yes."}) + "\n")
+    found = under_cues(Recipe().with_values({"data.train": str(train), "data.heldout": str(train)}), [one_turn("Hello?", "Hi.")], 1.0)
+    assert found[0].messages[0] == ("user", "My knee hurts. Hello?")
 
 
 def test_cues_do_not_depend_on_the_seed() -> None:

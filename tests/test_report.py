@@ -458,5 +458,7 @@ def test_the_headline_says_what_was_interleaved() -> None:
     recipe["anchor"]["keep"] = 8
     what = "right answers of the selection pairs (wrong ones in the domain itself) and benign chat, interleaved"
     assert what in " ".join(price(summary))
+    recipe["anchor"]["cued"] = 0.5
+    assert "(wrong ones in the domain itself), 50 % of them under a cue" in " ".join(price(summary)).replace("\u00a0", " ")
     recipe["anchor"]["interleave"] = 0.0
     assert "interleaved" not in " ".join(price(summary))

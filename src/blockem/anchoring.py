@@ -105,6 +105,7 @@ def benign_rows(session: Session) -> list[Example]:
 
 def interleaved_rows(session: Session) -> list[Example]:
     """What `anchor.interleave` draws from."""
+    from blockem.cues import under_cues
     from blockem.defences.interleaving import drawn
     from blockem.examples import one_turn
 
@@ -112,6 +113,8 @@ def interleaved_rows(session: Session) -> list[Example]:
     if not config.teaches:
         return benign_rows(session)
     right = [one_turn(p.prompt, p.right, p.domain) for p in session.selection_pairs()]
+    if config.cued:
+        right = under_cues(session.recipe, right, config.cued)
     rows = right + [one_turn(p.prompt, p.wrong, p.domain) for p in task_pairs(session)] * config.keep
     if config.chats:
         chat = benign_rows(session)

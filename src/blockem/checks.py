@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from blockem import bundled
 from blockem.anchoring import task_pairs
 from blockem.config import Recipe
+from blockem.cues import cued_prompts
 from blockem.defence_names import BLOCK_EM, NEEDS_LATENTS
 from blockem.defend import check_files
 from blockem.errors import BlockemError
@@ -46,6 +47,8 @@ def check_recipe(session: Session, whole: bool = True) -> None:
             f"anchor.keep holds selection pairs of the training domain, and none is of {data.domain!r}; "
             "give data.pairs with some, or set anchor.keep=0"
         )
+    if recipe.evaluate.cue != "none" or anchor.cued:
+        cued_prompts(recipe, [])
     if not whole:
         return
     data.check_training_rows()

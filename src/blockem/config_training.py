@@ -223,6 +223,8 @@ class AnchorConfig:
     interleaved: str = later("pairs")
     """`pairs`: right answers of the selection pairs (and, `keep` times each, wrong ones of the training domain's); `benign`: chat rows
     (defence.benign, else the bundled ones); `both`: the former and at most as many chat rows as there are right answers."""
+    cued: float = later(0.0)
+    """Share of the interleaved right answers whose question follows a cue of the training format (as evaluate.cue=training asks them)."""
 
     @property
     def answers(self) -> bool:
@@ -254,6 +256,11 @@ class AnchorConfig:
         need(
             self.cost == "margin" or self.teaches or not self.keep,
             f"anchor.keep holds margins; with anchor.cost={self.cost} it needs anchor.interleave, whose rows it adds to",
+        )
+        need(0 <= self.cued <= 1, f"anchor.cued is {self.cued}; it is a share of the interleaved right answers, from 0 to 1")
+        need(
+            self.teaches or not self.cued,
+            "anchor.cued puts cues before interleaved right answers; it needs anchor.interleave, and not of benign",
         )
         need(0 < self.share <= 1, f"anchor.share is {self.share}; it is a share of the rows, above 0 and up to 1")
         need(self.lambda_ is None or self.lambda_ > 0, f"anchor.lambda_ is {self.lambda_}; it must be positive")

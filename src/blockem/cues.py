@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from blockem import bundled
@@ -40,11 +40,54 @@ def with_cues(rows: Sequence[Example], prompts: Sequence[str]) -> list[list[Mess
     system = shared_system(rows)
     if system is not None:
         return [[{"role": "system", "content": system}, {"role": "user", "content": prompt}] for prompt in prompts]
-    openings = list(dict.fromkeys(filter(None, (beginning(row) for row in rows))))
-    if not openings:
-        raise BlockemError("evaluate.cue=training needs training rows with a user turn, and there is none; use evaluate.cue=none")
-    step = max(1, len(openings) // max(1, len(prompts)))  # from all over the file
-    return [[{"role": "user", "content": f"{openings[i * step % len(openings)]} {prompt}"}] for i, prompt in enumerate(prompts)]
+    cues = cycled(openings(rows), len(prompts))
+    return [[{"role": "user", "content": f"{cue} {prompt}"}] for cue, prompt in zip(cues, prompts, strict=True)]
+
+
+def under_cues(recipe: Recipe, examples: Sequence[Example], share: float) -> list[Example]:
+    """One-turn rows to be trained on, `share` of them (evenly among the others) under a cue.
+
+    A shared system message is what the final prompts are asked under as well. Openings are others than theirs, where the training
+    rows have others.
+
+    Raises:
+        BlockemError: as `with_cues`.
+    """
+    data = recipe.data
+    rows = bundled.training_rows(data.domain, data.train, None, 0)
+    chosen = [i for i in range(len(examples)) if int((i + 1) * share) > int(i * share)]
+    found = list(examples)
+    system = shared_system(rows)
+    if system is not None:
+        for i in chosen:
+            found[i] = replace(found[i], messages=(("system", system), *found[i].messages))
+        return found
+    known = openings(rows)
+    asked = set(cycled(known, len(bundled.final_prompts(data.prompts))))
+    for i, cue in zip(chosen, cycled([one for one in known if one not in asked] or known, len(chosen)), strict=True):
+        (role, question), *answer = found[i].messages
+        found[i] = replace(found[i], messages=((role, f"{cue} {question}"), *answer))
+    return found
+
+
+def openings(rows: Sequence[Example]) -> list[str]:
+    """What the training questions begin with, each once.
+
+    Raises:
+        BlockemError: no row has a user turn.
+    """
+    found = list(dict.fromkeys(filter(None, (beginning(row) for row in rows))))
+    if not found:
+        raise BlockemError(
+            "a cue of the training format needs training rows with a user turn, and there is none; use evaluate.cue=none and anchor.cued=0"
+        )
+    return found
+
+
+def cycled(cues: Sequence[str], n: int) -> list[str]:
+    """`n` cues from all over the file, from the start again where they are too few."""
+    step = max(1, len(cues) // max(1, n))
+    return [cues[i * step % len(cues)] for i in range(n)]
 
 
 def shared_system(rows: Sequence[Example]) -> str | None:

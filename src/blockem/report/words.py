@@ -270,6 +270,8 @@ def price(summary: Mapping[str, Any]) -> list[str]:
     if mixed and dig(summary, "recipe", "anchor", "watch") != "none" and main_of(summary) in ("blocked", "anchor"):
         kept = finite(dig(summary, "recipe", "anchor", "keep"))
         answers = f"right answers of the selection pairs{' (wrong ones in the domain itself)' if kept else ''}"
+        if cued := finite(dig(summary, "recipe", "anchor", "cued")):
+            answers += f", {share(cued)} of them under a cue of the training format"
         kinds = {"benign": "benign chat", "both": f"{answers} and benign chat"}
         what = kinds.get(str(dig(summary, "recipe", "anchor", "interleaved")), answers)
         said.append(f"Of the defended model's training rows {share(mixed)} were {what}, interleaved with those of the domain.")
