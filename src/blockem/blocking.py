@@ -250,7 +250,8 @@ def _used(session: Session, latents: LatentSet, name: str | None) -> LatentSet:
     config = session.recipe.block
     table = read_candidates(session.run / "latents.csv") if config.select != "causal" else []
     whole, latents = latents, selected(latents, config.select, config.size, config.signs, table, session.recipe.seed)
-    if config.select != "causal" and config.signs in ("both", "shuffled") and len(latents.latents) < len(whole.latents):
+    fewer = len(latents.latents) < len(whole.latents)
+    if name is not None and fewer and config.select != "causal" and config.signs in ("both", "shuffled"):
         session.console.say(f"  note: block.select={config.select} leaves {len(latents.latents)} latents, the set has {len(whole.latents)}")
     if name == "random":
         from safetensors.torch import load_file
