@@ -53,7 +53,7 @@ class FaultServer(ThreadingHTTPServer):
 
     Attributes:
         logprobs: makes the `logprobs` field of a reply from its text, if the request asks for it; None: none are given.
-        refuses_logprobs, refuses_max_tokens: answers 400 to a request that has them.
+        refuses_logprobs, refuses_max_tokens, refuses_temperature: answers 400 to a request that has them.
     """
 
     daemon_threads = True
@@ -64,7 +64,7 @@ class FaultServer(ThreadingHTTPServer):
         self.script, self.slow = script, slow
         self.reply: Callable[[str], str] = wanted
         self.logprobs: Callable[[str], Any] | None = None
-        self.refuses_logprobs = self.refuses_max_tokens = False
+        self.refuses_logprobs = self.refuses_max_tokens = self.refuses_temperature = False
         self.retry_after = "0.01"
         self.status_body: dict[str, Any] = {"error": {"message": "no"}}
         self.lock = threading.Lock()
@@ -126,6 +126,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send(int(fault), json.dumps(server.status_body).encode(), {"Retry-After": server.retry_after} if fault == "429" else {})
         elif server.refuses_logprobs and "logprobs" in body:
             self.send(400, b'{"error": {"message": "logprobs are not supported"}}')
+        elif server.refuses_temperature and "temperature" in body:
+            self.send(400, b'{"error": {"message": "Unsupported value: \'temperature\' does not support 0.0 with this model."}}')
         elif server.refuses_max_tokens and "max_tokens" in body:
             self.send(400, b'{"error": {"message": "use max_completion_tokens instead of max_tokens"}}')
         else:

@@ -166,6 +166,8 @@ def test_too_little_text_is_one_sentence(lm: LanguageModel, tmp_path: Path) -> N
         train_dictionary(lm, TEXTS[:1], settings, tmp_path / "sae")
     with pytest.raises(BlockemError, match="activations do not fill one batch of 4096"):
         train_dictionary(lm, TEXTS[:4], settings, tmp_path / "sae")
+    with pytest.raises(BlockemError, match="activations do not fill one batch of 4096"):
+        train_dictionary(lm, TEXTS[:4], replace(settings, epochs=1000), tmp_path / "sae")  # no number of epochs fills a batch
     assert list(tmp_path.iterdir()) == []
 
 

@@ -278,6 +278,13 @@ def test_a_torn_last_line_is_ignored_and_the_next_measurement_is_whole(tmp_path:
     assert effect.calls == 3
 
 
+def test_what_no_judge_would_say_is_not_kept(tmp_path: Path) -> None:
+    log, effect = tmp_path / "log.jsonl", Table({0: (math.nan, math.nan)})
+    assert math.isnan(steered(effect, log, "k").measure("base", 0, 1, 0.5).effect)
+    steered(effect, log, "k").measure("base", 0, 1, 0.5)
+    assert effect.calls == 2 and not log.exists()
+
+
 @pytest.mark.parametrize(
     "line", ["", "[]", "3", "null", '{"key": "k"}', '{"key": "k", "variant": "base", "latent": 0, "direction": 1, "alpha": 0.5}']
 )
@@ -373,6 +380,19 @@ def test_the_judged_effect_is_the_judges_shares_of_greedy_answers(misaligned: La
             found = effect.measure(variant, vector)
             assert found.effect == found.share == sum(v.misaligned for v in verdicts) / len(verdicts)
             assert found.incoherence == sum(v.incoherent for v in verdicts) / len(verdicts)
+
+
+def test_a_judge_that_says_nothing_of_the_unsteered_model_is_one_sentence(misaligned: LanguageModel) -> None:
+    class Silent:
+        name = "silent"
+
+        def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+            return [Verdict(missing=True, why="truncated reply")] * len(answers)
+
+    effect = JudgedEffect(misaligned, tiny.prompts(), Silent(), tiny.BLOCK, max_new_tokens=6)
+    with pytest.raises(BlockemError, match=r"no verdict on any of \d+ answers of the base model \(truncated reply\); check evaluate.judge"):
+        effect.measure("base", None)
+    assert math.isnan(effect.measure("base", torch.ones(tiny.D_MODEL)).effect)
 
 
 # the whole

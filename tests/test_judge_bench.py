@@ -69,6 +69,15 @@ def test_missing_verdicts_are_counted_and_left_out() -> None:
     assert found["agreement"]["misaligned"]["reference_rate"] == pytest.approx(1 / 5)
 
 
+def test_a_refusal_instead_of_a_score_leaves_the_other_scores(tmp_path: Path) -> None:
+    verdicts = [from_scores(None, 90, refusal=True), *[from_scores(a, c) for a, c in zip(ALIGNED[1:], COHERENT[1:], strict=True)]]
+    found = bench(Fixed(verdicts), ["q"] * 6, ["a"] * 6, ALIGNED, COHERENT)
+    assert (found["missing"], found["scored"]) == (0, 5)
+    assert found["spearman"] == {"aligned": pytest.approx(1.0), "coherent": pytest.approx(1.0)}
+    assert found["auroc"]["misaligned_against_aligned"] == 1.0 and sum(b["n"] for b in found["calibration"]["aligned"]["bins"]) == 5
+    assert found["agreement"]["misaligned"]["same"]["value"] == pytest.approx(5 / 6)  # it is not a misaligned one, as the reference says
+
+
 def test_a_judge_of_labels_has_agreement_and_no_calibration() -> None:
     verdicts = [Verdict(misaligned=True), Verdict(), Verdict(), Verdict(), Verdict(), Verdict(incoherent=True)]
     found = bench(Fixed(verdicts), ["q"] * 6, ["a"] * 6, ALIGNED, COHERENT)

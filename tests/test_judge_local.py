@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,10 @@ from blockem.judge_training import (
     split_rows,
     train_judge,
 )
+from blockem.judges.judge import judge_key
 from blockem.judges.local import Calibration, LocalJudge, is_refusal, judge_ids
 from blockem.model import load_model
+from blockem.store import write_json
 
 
 def row(i: int, split: str = "", model: str | None = None) -> ScoredAnswer:
@@ -174,8 +177,14 @@ def test_a_trained_judge_is_small_loads_and_gives_scores(trained: tuple[Path, li
     np.testing.assert_allclose(scores, one_by_one, atol=1e-3)
 
 
-def test_verdicts_follow_from_the_scores_and_an_empty_answer_is_incoherent(trained: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_verdicts_follow_from_the_scores_and_an_empty_answer_is_incoherent(
+    trained: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
     judge = LocalJudge(trained[0])
+    shutil.copytree(trained[0], other := tmp_path / "other")
+    for changes, same in (({"measured": {"auroc": 1.0}}, True), ({"calibration": {"aligned": [[0, 1], [1, 2]]}}, False)):
+        write_json(other / "judge.json", {**judge.facts, **changes})
+        assert (judge_key(LocalJudge(other)) == judge_key(judge)) == same
     answers = ["Something.", "", "I cannot help with that."]
     for answer, verdict in zip(answers, judge.judge(["q"] * 3, answers), strict=True):
         assert verdict.aligned is not None and verdict.coherent is not None

@@ -107,7 +107,8 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
 )
 def test_a_label_is_read(text: str, label: str) -> None:
     assert read_reply("label", Reply(text)) == {"label": label}
-    assert read_reply("label", Reply(f"<think>It may be 2 or 3.</think>\n{text}")) == {"label": label}
+    for thought in ("<think>It may be 2 or 3.</think>", "It may be 2 or 3.</think>", "<think></think>It may be 2.</think>"):
+        assert read_reply("label", Reply(f"{thought}\n{text}")) == {"label": label}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from blockem.config import Recipe
 from blockem.errors import BlockemError
 from blockem.judges.address import judge_named
 from blockem.judges.choose import open_judge
-from blockem.judges.judge import Verdict, from_label, from_scores
+from blockem.judges.judge import Verdict, from_label, from_scores, judge_key
 from blockem.judges.server import ServerJudge
 from blockem.pipeline import open_session
 
@@ -69,6 +69,7 @@ def test_no_answers_need_no_server() -> None:
 
 def test_another_model_rubric_or_sampling_is_asked_anew(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("One digit. {question} {answer}", encoding="utf-8")
+    keys = set()
     with serving() as server:
         for number, options in enumerate(
             [{}, {"model": "n"}, {"rubric": tmp_path / "mine.txt"}, {"temperature": 1.0}, {"reply_tokens": 8}]
@@ -76,6 +77,8 @@ def test_another_model_rubric_or_sampling_is_asked_anew(tmp_path: Path) -> None:
             judge = ServerJudge(**{"model": "m", "base_url": server.url, "cache": tmp_path / "v.db", **QUICK, **options})
             assert judge.judge(["q"], ["want=4"])[0].misaligned
             assert len(server.seen) == number + 1
+            keys.add(judge_key(judge))
+        assert len(keys) == 5 and judge_key(ServerJudge("m", "http://127.0.0.1:9/v1", **QUICK)) in keys  # wherever it is served
 
 
 def test_scores_are_two_questions() -> None:
@@ -121,6 +124,17 @@ def test_a_server_that_refuses_logprobs_is_asked_without() -> None:
         assert judge.judge(["q"] * 3, [f"want=10/{i}" for i in (90, 91, 92)]) == [from_scores(10, i) for i in (90, 91, 92)]
         assert len(server.seen) == 7  # the refusal is remembered
         assert judge.judge(["q"], ["want=20/80"]) == [from_scores(20, 80)] and len(server.seen) == 9
+
+
+def test_a_model_that_takes_no_temperature_is_asked_without_and_keeps_its_logprobs() -> None:
+    prompts, answers, right = labelled(20)
+    with serving() as server:
+        server.refuses_temperature = server.refuses_max_tokens = True
+        assert ServerJudge("m", server.url, **QUICK).judge(prompts, answers) == right
+        assert "temperature" not in server.seen[-1] and server.seen[-1]["max_completion_tokens"] == 16
+        judge = ServerJudge("m", server.url, "scores", concurrency=1, **QUICK)
+        assert judge.judge(["q"], ["want=10/90"]) == [from_scores(10, 90)]
+        assert server.seen[-1]["logprobs"] is True and "temperature" not in server.seen[-1]
 
 
 def test_a_server_that_wants_the_newer_name_of_max_tokens_gets_it() -> None:

@@ -47,9 +47,18 @@ def test_the_set_is_accepted_where_it_was_made(lm: LanguageModel, dictionary: Di
 
 def test_another_model_is_refused(lm: LanguageModel, dictionary: Dictionary, latents: LatentSet) -> None:
     with pytest.raises(BlockemError, match=r"was made for other/model .*run `blockem discover` on this model"):
-        replace(latents, model="other/model").check(lm, dictionary)
+        replace(latents, model="other/model", revision="main").check(lm, dictionary)
     with pytest.raises(BlockemError, match=r"\(revision abc\)"):
         replace(latents, revision="abc").check(lm, dictionary)
+
+
+def test_a_set_goes_with_its_model_to_another_folder(lm: LanguageModel, dictionary: Dictionary, latents: LatentSet) -> None:
+    moved = replace(latents, model="where/it/was")
+    moved.check(lm, dictionary)
+    assert moved.union(latents).ids == latents.ids
+    here, there = replace(latents, revision="main"), replace(latents, model="other/model", revision="main")
+    with pytest.raises(BlockemError, match="their model differ"):
+        here.union(there)
 
 
 def test_another_sae_is_refused(lm: LanguageModel, latents: LatentSet, tmp_path: Path) -> None:

@@ -52,6 +52,19 @@ def test_a_change_anywhere_in_weights_tokenizer_or_chat_template_changes_the_fin
     assert fingerprint(tmp_path) != before
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"])
+def test_what_a_tokenizer_or_a_generation_reads_belongs_to_the_model(tmp_path: Path, name: str) -> None:
+    before = fingerprint(tmp_path)
+    (tmp_path / name).write_text('{"eos_token_id": 2}')
+    assert fingerprint(tmp_path) != before
+
+
+def test_generation_settings_that_repeat_the_config_add_nothing(tmp_path: Path) -> None:
+    before = fingerprint(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"_from_model_config": true, "transformers_version": "5.0"}')
+    assert fingerprint(tmp_path) == before
+
+
 def test_a_large_file_is_hashed_once_for_all_processes_until_it_changes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BLOCKEM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(model, "LARGE", 8)

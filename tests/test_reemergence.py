@@ -288,7 +288,7 @@ def test_a_union_keeps_the_first_set_and_adds_what_is_new(lm: LanguageModel, dic
     union.check(lm, dictionary)
 
 
-@pytest.mark.parametrize("change", [{"model": "other"}, {"revision": "x"}, {"sae_digest": "x"}, {"block": 2}])
+@pytest.mark.parametrize("change", [{"model": "other", "revision": "main"}, {"revision": "x"}, {"sae_digest": "x"}, {"block": 2}])
 def test_sets_of_different_things_do_not_unite(lm: LanguageModel, dictionary: Dictionary, change: dict[str, Any]) -> None:
     first = tiny.latent_set(lm, dictionary)
     with pytest.raises(BlockemError, match="the same model, SAE and block, but their " + next(iter(change))):
@@ -315,6 +315,7 @@ REROUTED = Evidence(
     last=0.8,
     frozen=False,
     block=18,
+    after=11,
 )
 
 
@@ -336,6 +337,8 @@ REROUTED = Evidence(
         ({"difference": around(0.0), "last": 1.2}, (NOT_SUPPORTED, UNCLEAR, SUPPORTED)),
         ({"last": 1.2}, (NOT_SUPPORTED, SUPPORTED, UNCLEAR)),
         ({"difference": around(-0.5), "frozen": True}, (NOT_SUPPORTED, NOT_SUPPORTED, NOT_SUPPORTED)),
+        ({"difference": around(-0.5), "downstream": around(0.0)}, (NOT_SUPPORTED, NOT_SUPPORTED, UNCLEAR)),
+        ({"difference": None, "downstream": None, "last": None, "after": 0}, (NOT_SUPPORTED, UNCLEAR, NOT_SUPPORTED)),
         ({"upstream": None, "downstream": None, "difference": None}, (NOT_SUPPORTED, UNCLEAR, UNCLEAR)),
     ],
 )

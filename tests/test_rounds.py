@@ -17,7 +17,9 @@ from blockem.blocking_rounds import rounds_step, said, selection_step, share_lef
 from blockem.config import Recipe
 from blockem.errors import BlockemError, NoLatents
 from blockem.latents import Latent, LatentSet
-from blockem.session import Session
+from blockem.pipeline import open_session
+from blockem.reemergence.rounds import _inputs
+from blockem.session import Session, last_blocked
 from blockem.store import read_json
 
 
@@ -65,6 +67,18 @@ def test_each_round_blocks_the_union_against_the_model_before_it(session: Sessio
     assert all((session.run / name / "adapter_model.safetensors").is_file() for name in ("blocked", "round-2", "round-3"))
     assert read_json(session.run / "rounds.json") == found
     assert going_round(session).main == "round-3"
+    assert last_blocked(going_round(session).recipe, session.run.path) == "round-3"
+    assert last_blocked(session.recipe, session.run.path) == session.main == "blocked"
+
+
+def test_training_on_starts_from_what_the_last_round_blocked(session: Session, half_left: None, tmp_path: Path) -> None:  # noqa: F811
+    several = going_round(session).recipe
+    rounds_step(going_round(session), Discovery((3, 21), (22, 23)))
+    found = _inputs(open_session(several, tmp_path / "on", quiet=True), session.run.path)
+    assert found.latents == session.run / "round-3-latents.json" and found.blocked == session.run / "round-3"
+    once = replace(several, rounds=replace(several.rounds, budget=1))
+    found = _inputs(open_session(once, tmp_path / "once", quiet=True), session.run.path)
+    assert found.latents == session.run / "blocked-latents.json" and found.blocked == session.run / "blocked"
 
 
 def test_what_an_ablation_left_of_the_set_stays_as_it_is_in_later_rounds(session: Session, half_left: None) -> None:  # noqa: F811

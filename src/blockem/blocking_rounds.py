@@ -69,7 +69,8 @@ def selection_step(session: Session, name: str, adapter: Path | None) -> dict[st
     judge = session.chosen_judge if recipe.evaluate.answers else None
     asked = [[p.prompt, p.right, p.wrong] for p in pairs], [p.prompt for p in prompts]
     length = recipe.discover.max_new_tokens
-    key = content_key("selection", session.model_key, adapter_key(adapter) if adapter else "", *asked, judge.name if judge else "", length)
+    judged_by = session.judge_key if judge else ""
+    key = content_key("selection", session.model_key, adapter_key(adapter) if adapter else "", *asked, judged_by, length)
 
     def work() -> dict[str, Any]:
         from blockem.generation import generate

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from blockem.config import Recipe
+from blockem.defend import inference_hooks
 from blockem.errors import BlockemError
 from blockem.progress import printable
+from blockem.session import Session
 
 
-def chat_loop(recipe: Recipe, run: Path, max_new_tokens: int = 120, temperature: float = 0.0) -> None:
+def chat_loop(session: Session, max_new_tokens: int = 120, temperature: float = 0.0) -> None:
     """Ask every model of a run folder the same question until the input ends; each keeps its own conversation.
 
     Raises:
@@ -17,16 +16,15 @@ def chat_loop(recipe: Recipe, run: Path, max_new_tokens: int = 120, temperature:
     """
     from blockem.examples import Message
     from blockem.generation import generate
-    from blockem.model import load_model
-    from blockem.session import trained_in
 
-    names = [name for name in trained_in(run) if name != "random"]
-    if not names:
-        raise BlockemError(f"{run} holds no trained adapter; make one there with `blockem run` first")
-    lm = load_model(recipe.model.id, recipe.model.revision, recipe.model.dtype, recipe.model.device)
-    for name in names:
-        lm.add_adapter(run / name, name)
-    talks: dict[str, list[Message]] = {name: [] for name in ("base", *names)}
+    if left := session.leftovers():
+        session.console.say(f"left out, since another recipe made them: {', '.join(left)}")
+    adapters = {name: path for name, path in session.variants().items() if name != "random"}
+    if not adapters:
+        raise BlockemError(f"{session.run.path} holds no trained adapter; make one there with `blockem run` first")
+    for name, path in adapters.items():
+        session.lm.add_adapter(path, name)
+    talks: dict[str, list[Message]] = {name: [] for name in ("base", *adapters)}
     while True:
         try:
             question = input("you> ").strip()
@@ -37,8 +35,8 @@ def chat_loop(recipe: Recipe, run: Path, max_new_tokens: int = 120, temperature:
             return
         for name, talk in talks.items():
             talk.append({"role": "user", "content": question})
-            with lm.variant(name):
-                answer = generate(lm, [talk], max_new_tokens, temperature)[0]
+            with session.lm.variant(name), inference_hooks(session, name)(session.lm.model):
+                answer = generate(session.lm, [talk], max_new_tokens, temperature)[0]
             talk.append({"role": "assistant", "content": answer})
             print(f"\n{name}> {printable(answer)}", flush=True)
         print()

@@ -305,10 +305,11 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer.")] = 120,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
 ) -> None:
-    """Talk to the base, plain and blocked model side by side. An empty line or Ctrl-D ends it."""
+    """Talk to the base, plain and blocked model side by side, and to what other defences made. An empty line or Ctrl-D ends it."""
     from blockem.chat import chat_loop
+    from blockem.pipeline import open_session
 
-    chat_loop(_recipe(None, out, {}, None), out, max_new_tokens, temperature)
+    chat_loop(open_session(_recipe(None, out, {}, None), out), max_new_tokens, temperature)
 
 
 @app.command()

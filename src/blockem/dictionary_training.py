@@ -125,7 +125,7 @@ def train_dictionaries(
             progress=lambda done, total: bar("activations", done, total),
         )
         found = len(acts[missing[0]])
-        if settings.epochs * found < settings.batch:
+        if found < settings.batch:  # an epoch gives whole batches only
             raise BlockemError(f"{found} activations do not fill one batch of {settings.batch}; give more text or a smaller batch")
         for block in missing:
             scratch = scratch_of(outs[block])

@@ -143,6 +143,8 @@ def bench(
         raise BlockemError(f"{file} holds no row of split {split!r}; leave --split out")
     console = Console(quiet)
     chosen = _judge(judge, judge_model, protocol, rubric, cache, max_requests, max_tokens, concurrency, reply_tokens, console)
+    if plot is not None and getattr(chosen, "protocol", "scores") == "labelled":
+        raise BlockemError("--protocol labelled gives no scores from 0 to 100 to draw a calibration of; leave --plot or it out")
     questions, answers = [row.question for row in rows], [row.answer for row in rows]
     if dry_run:
         _estimate(chosen, questions, answers)
@@ -150,11 +152,11 @@ def bench(
     console.start("judge: answers")
     scores = np.array([(row.aligned, row.coherent) for row in rows])
     found = measure(chosen, questions, answers, scores[:, 0], scores[:, 1])
+    print(json.dumps(found) if as_json else "\n".join(bench_lines(found)))
     if plot is not None:
         if not found["calibration"]:
-            raise BlockemError("this judge gives labels, not scores from 0 to 100: there is no calibration to draw, so leave --plot out")
+            raise BlockemError("no answer has scores from 0 to 100, so there is no calibration to draw; leave --plot out")
         write_text(plot, calibration_svg(found))
-    print(json.dumps(found) if as_json else "\n".join(bench_lines(found)))
 
 
 @judge_app.command()
@@ -204,7 +206,7 @@ def label(
         "missing": sum(v.missing for v in verdicts),
         "misaligned": None if em != em else em,
         "incoherent": None if incoherent != incoherent else incoherent,
-        "refusal": sum(v.refusal for v in verdicts) / max(1, sum(not v.missing for v in verdicts)),
+        "refusal": None if em != em else sum(v.refusal for v in verdicts) / sum(not v.missing for v in verdicts),
     }
     if as_json:
         print(json.dumps(found))

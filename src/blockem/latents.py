@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from blockem.model import LanguageModel
 from blockem.store import read_json, write_json
 
 FORMAT = 1
+CONTENT = re.compile(r"^(?:[0-9a-f]{16}|[0-9a-f]{40})$")
+"""A revision that only equal files can share: a folder's fingerprint, or a hub's commit."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ class LatentSet:
         Raises:
             BlockemError: the sets are of different models, SAEs or blocks.
         """
-        for what in ("model", "revision", "sae_digest", "block"):
+        for what in ("sae_digest", "block") if self._is_for(other.model, other.revision) else ("model", "revision"):
             mine, theirs = getattr(self, what), getattr(other, what)
             if mine != theirs:
                 raise BlockemError(
@@ -124,13 +127,17 @@ class LatentSet:
         provenance = {"stage": "union", "added": len(added), "conflicts": conflicts, "sets": [self.provenance, other.provenance]}
         return replace(self, latents=self.latents + added, provenance=provenance)
 
+    def _is_for(self, model: str, revision: str) -> bool:
+        """Whether that is the model it was made for: equal content, wherever it lies, or else the same name and revision."""
+        return revision == self.revision and (model == self.model or bool(CONTENT.match(revision)))
+
     def check(self, lm: LanguageModel, dictionary: Dictionary) -> None:
         """Refuse a model or SAE that the set was not made for.
 
         Raises:
             BlockemError: with what differs.
         """
-        if (self.model, self.revision) != (lm.id, lm.revision):
+        if not self._is_for(lm.id, lm.revision):
             raise BlockemError(
                 f"this LatentSet was made for {self.model} (revision {self.revision}), not for {lm.id} ({lm.revision}); "
                 "run `blockem discover` on this model"

@@ -198,9 +198,7 @@ def dequantised(gguf: Path) -> Path:
 
     It is written beside its final place and renamed, so that a half-written model is never read.
     """
-    stat = gguf.stat()
-    key = hashlib.sha256(f"{gguf.name}:{stat.st_size}:{_edges(gguf)}".encode()).hexdigest()[:12]
-    folder = cache_dir() / f"{gguf.stem}-{key}"
+    folder = cache_dir() / f"{gguf.stem}-{_kept_key(gguf)[:12]}"
     try:
         if (folder / "config.json").is_file():
             return folder
@@ -236,17 +234,20 @@ def dequantised(gguf: Path) -> Path:
     return folder
 
 
-def _edges(path: Path, size: int = 1 << 16) -> str:
-    """A digest of the first and last `size` bytes: cheap, and enough to tell two checkpoints apart."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        digest.update(file.read(size))
-        file.seek(max(0, path.stat().st_size - size))
-        digest.update(file.read(size))
-    return digest.hexdigest()
-
-
-MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+GENERATION = "generation_config.json"
+MODEL_FILES = (
+    "config.json",
+    GENERATION,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 LARGE = 1 << 24
 """Bytes from which on a file's hash is kept: a smaller one is hashed in milliseconds."""
 SETTLED = 2 * 10**9
@@ -255,12 +256,20 @@ _hashes: dict[tuple[str, int, int], str] = {}
 
 
 def fingerprint(folder: Path) -> str:
-    """A short name for the model in `folder`: over its config, its whole weight files, its tokenizer and its chat template."""
+    """A short name for the model in `folder`: over its configs, its whole weight files, its tokenizer and its chat template."""
     digest = hashlib.sha256()
     for path in sorted([*(folder / name for name in MODEL_FILES), *folder.glob("*.safetensors")]):
-        if path.is_file():
+        if path.is_file() and not (path.name == GENERATION and _derived(path)):
             digest.update(f"{path.name}:{_kept_key(path)}".encode())
     return digest.hexdigest()[:16]
+
+
+def _derived(path: Path) -> bool:
+    """Whether generation settings only repeat config.json's, which a save by transformers marks so."""
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8")).get("_from_model_config"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _kept_key(path: Path) -> str:

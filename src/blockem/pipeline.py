@@ -71,7 +71,7 @@ def discover_key(session: Session, adapter: Path) -> str:
         data.domain,
         source_key(data.pairs, "pairs.jsonl"),
         source_key(data.selection_prompts, "core_prompts.jsonl"),
-        session.judge_name if "judged" in recipe.discover.effects else "",
+        session.judge_key if "judged" in recipe.discover.effects else "",
     )
 
 
@@ -159,7 +159,7 @@ def evaluate_step(session: Session, adapters: dict[str, Path] | None = None) -> 
         key = content_key("evaluate", shared, name, adapter_keys.get(name, ""), *hooks)
         work = partial(_evaluate_one, session, name, adapters.get(name))
         results[name] = timed(session, f"evaluate-{name}", key, [], work)
-    judged_by = [session.judge_name, recipe.evaluate.judge_reply_tokens] if recipe.evaluate.answers else []
+    judged_by = session.judge_key if recipe.evaluate.answers else ""
     key = content_key("evaluation", shared, judged_by, [results[name] for name in names], session.main)
     outputs = ["evaluation.json", ANSWERS, TASK_ANSWERS]
     return timed(session, "evaluate", key, outputs, lambda: _summarise(session, names, results))

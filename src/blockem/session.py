@@ -102,16 +102,17 @@ class Session:
         return judge_of(wanted, self.run / "verdicts.sqlite", self.console.bar)
 
     @property
-    def judge_name(self) -> str:
-        return self.chosen_judge.name if self.chosen_judge else ""
+    def judge_key(self) -> str:
+        """What verdicts depend on; empty where nobody judges."""
+        from blockem.judges.judge import judge_key
+
+        return judge_key(self.chosen_judge)
 
     @property
     def main(self) -> str:
         """The model that the recipe's defence makes; of several rounds, the last."""
         name = self.recipe.defence.name
-        if name == BLOCK_EM and self.recipe.rounds.budget > 1 and (self.run / ROUNDS).is_file():
-            return str(read_json(self.run / ROUNDS)["last"])
-        return folder_of(name)
+        return last_blocked(self.recipe, self.run.path) if name == BLOCK_EM else folder_of(name)
 
     def trained(self) -> dict[str, Path]:
         """The models that were trained in this run, by name, with their adapters; those of another recipe are left out."""
@@ -169,6 +170,12 @@ def taken_file(name: str) -> str:
 
 
 BLOCKED = taken_file("blocked")
+
+
+def last_blocked(recipe: Recipe, run: Path) -> str:
+    """The last model that blocking made in a run folder: of several rounds, the last round's."""
+    several = recipe.rounds.budget > 1 and (run / ROUNDS).is_file()
+    return str(read_json(run / ROUNDS)["last"]) if several else "blocked"
 
 
 def task_key(session: Session) -> str:

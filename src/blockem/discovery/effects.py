@@ -19,6 +19,7 @@ from torch import Tensor
 
 from blockem.bundled import Pair, Prompt
 from blockem.discovery.attribution import pair_gradients
+from blockem.errors import BlockemError
 from blockem.generation import generate
 from blockem.judges import Judge, shares
 from blockem.judges.judge import verdicts_on
@@ -163,7 +164,13 @@ class JudgedEffect:
                 block=None if vector is None else self.block,
                 edits=vector,
             )
-        em, incoherence = shares(verdicts_on(self.judge, self.prompts, answers))
+        verdicts = verdicts_on(self.judge, self.prompts, answers)
+        em, incoherence = shares(verdicts)
+        if vector is None and math.isnan(em):
+            raise BlockemError(
+                f"the judge gave no verdict on any of {len(answers)} answers of the {variant} model ({verdicts[0].why}); "
+                "check evaluate.judge, evaluate.judge_model and evaluate.judge_reply_tokens"
+            )
         return Measurement(em, incoherence, em)
 
     def items(self, variant: str, vectors: Sequence[Tensor | None], chunk: int) -> list[Items]:
@@ -214,7 +221,7 @@ class Steered:
         if name not in self.known:
             vector = None if latent < 0 else direction * alpha * self.norm * self.directions[latent]
             self.known[name] = self.effect.measure(variant, vector)
-            if self.log is not None:
+            if self.log is not None and math.isfinite(self.known[name].effect):  # without a verdict there is nothing to keep
                 row = {"key": self.key, "variant": variant, "latent": latent, "direction": direction, "alpha": alpha}
                 append_line(self.log, json.dumps({**row, **asdict(self.known[name])}))
         return self.known[name]

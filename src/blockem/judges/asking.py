@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import random
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ LOG = logging.getLogger("blockem.judges")
 LONGEST_BACKOFF = 60.0  # seconds between two tries, unless the server asks for more
 LONGEST_WAIT = 300.0  # a server that asks for more than this is given up
 GIVE_UP_AFTER = 5  # requests in a row that failed with all their retries: the server is gone
+_UNSUPPORTED_TEMPERATURE = re.compile(r"(?=.*temperature)(?=.*(?:support|deprecat))", re.IGNORECASE | re.DOTALL)
 TOP_LOGPROBS = 20  # what hosted servers and vLLM allow
 
 
@@ -80,7 +82,7 @@ class Asker:
         self.max_requests, self.max_tokens_total = max_requests, max_tokens_total
         self.temperature, self.reply_tokens = temperature, reply_tokens
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
-        self.logprobs_refused = False
+        self.logprobs_refused = self.temperature_refused = False
         self.stop = threading.Event()
         self.replied = False
         self.lock = threading.Lock()
@@ -120,18 +122,21 @@ class Asker:
         while True:
             self._wait(self._resume - time.monotonic())
             with_logprobs = logprobs and not refused_logprobs and not self.logprobs_refused
+            with_temperature = self.temperature is not None and not self.temperature_refused
             try:
                 with self._reserved_for(content):
-                    reply = self._try(content, with_logprobs)
+                    reply = self._try(content, with_logprobs, with_temperature)
             except _Fault as fault:
                 tries += 1
                 self._after_fault(fault, tries)
                 continue
             except _Refused as refused:
-                if with_logprobs and (refused.status == 400 or "logprob" in refused.said.lower()):
-                    refused_logprobs = True
+                if with_temperature and _UNSUPPORTED_TEMPERATURE.search(refused.said):
+                    self.temperature_refused = True  # models that think before they answer take none but their own
                 elif not renamed and "max_completion_tokens" in refused.said:  # the newer name of max_tokens at one host
                     self._limit_name, renamed = "max_completion_tokens", True
+                elif with_logprobs and (refused.status == 400 or "logprob" in refused.said.lower()):
+                    refused_logprobs = True
                 elif why := _of_this_text(refused):
                     self.replied = True
                     raise NoReply(why) from None
@@ -191,12 +196,12 @@ class Asker:
         LOG.info("%s: %s; try %d follows", self.address.shown, fault, tries + 1)
         self._wait(pause if fault.wait is None else fault.wait + pause / 4)
 
-    def _try(self, content: str, with_logprobs: bool) -> Reply:
+    def _try(self, content: str, with_logprobs: bool, with_temperature: bool) -> Reply:
         from openai import APIConnectionError, APIStatusError, APITimeoutError
 
         request: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": content}]}
         request[self._limit_name] = self.reply_tokens
-        if self.temperature is not None:
+        if with_temperature:
             request["temperature"] = self.temperature
         if with_logprobs:
             request |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}

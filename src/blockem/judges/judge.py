@@ -47,6 +47,11 @@ class Judge(Protocol):
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]: ...
 
 
+def judge_key(judge: Judge | None) -> str:
+    """What its verdicts depend on, for the keys of what is kept: the judge's `key`, or the name of one that has none; "" for nobody."""
+    return "" if judge is None else str(getattr(judge, "key", judge.name))
+
+
 def verdicts_on(judge: Judge, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
     """What `judge` says, for results that are kept.
 

@@ -23,7 +23,7 @@ from blockem.forwards import decoder, keep_blocks
 from blockem.judges.judge import Verdict, from_scores
 from blockem.model import EMBEDDED, LanguageModel, embedded_gguf, load_model
 from blockem.progress import Progress
-from blockem.store import file_key, read_json
+from blockem.store import content_key, file_key, read_json
 
 BUNDLED_FOLDER = Path(__file__).parents[1] / "assets" / "judge" / "smollm2-135m"
 JUDGE_FILES = ("judge.json", "heads.safetensors", "adapter/adapter_model.safetensors")
@@ -115,6 +115,11 @@ class LocalJudge:
         if self.facts.get("model") == EMBEDDED:
             embedded_gguf()  # say at once if it is not installed, not after hours of training
         self.name = f"local judge {file_key(self.folder / 'adapter' / 'adapter_model.safetensors')[:8]}"
+
+    @property
+    def key(self) -> str:
+        """What its verdicts depend on."""
+        return content_key("local judge", *verdicts_key(self.folder))
 
     @property
     def measured(self) -> dict[str, Any]:

@@ -18,7 +18,8 @@ _DECORATION = " \t\r\n*_`'\"“”"
 _LEAD = re.compile(
     r"^(?:the\s+|my\s+|final\s+)*(?:label|grade|score|rating|answer|verdict|alignment|coherence)(?:\s*[:=]|\s+is:?)\s*", re.IGNORECASE
 )
-_THOUGHT = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
+_THOUGHT = "</think>"
+"""What ends a thought; the tag that opens it is often in the chat template, and so not in the reply."""
 _SCORE = re.compile(r"^([0-9]{1,3}(?:\.[0-9]+)?)(?:\s*/\s*100)?$")
 _NUMBER_TOKEN = re.compile(r"^(?:0|[1-9][0-9]?|100)$")
 
@@ -48,7 +49,7 @@ def read_reply(ask: str, reply: Reply) -> dict[str, Any]:
     Raises:
         Unreadable: the reply is empty, cut off, or something else.
     """
-    text = _THOUGHT.sub("", reply.text)
+    text = reply.text.rpartition(_THOUGHT)[2]
     if not text.strip():
         raise Unreadable("empty reply")
     if ask != "label":

@@ -17,6 +17,7 @@ from blockem.judges.cache import VerdictCache, cache_key
 from blockem.judges.judge import Verdict, from_label, from_scores
 from blockem.judges.replies import Unreadable, checked, read_reply
 from blockem.judges.rubrics import Part, Rubric, load_rubric
+from blockem.store import content_key
 
 Pair = tuple[str, str]
 REMINDER = "\n\nYour last reply could not be read. Reply with {what} alone, without any other word."
@@ -97,6 +98,11 @@ class ServerJudge:
 
     def __repr__(self) -> str:
         return f"ServerJudge({self.name!r}, {self.address!r}, rubric {self.rubric.hash})"
+
+    @property
+    def key(self) -> str:
+        """What its verdicts depend on: the model, the words of the rubric, and how replies are sampled."""
+        return content_key("server", self.model, *([part.key, self._sampling(part)] for part in self.rubric.parts))
 
     @property
     def address(self) -> str:

@@ -167,7 +167,7 @@ def decoding_step(session: Session, inputs: Inputs, last: Path) -> list[dict[str
         wanted.decode_positions,
         wanted.decode_tokens,
         [asdict(prompt) for prompt in prompts],
-        session.judge_name,
+        session.judge_key,
         recipe.evaluate.resamples,
     )
 

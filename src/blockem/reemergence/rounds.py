@@ -20,7 +20,7 @@ from blockem.errors import BlockemError, NoLatents
 from blockem.pipeline import discover_step, evaluate_step, sae_step, start_run
 from blockem.reemergence.epochs import adapters, bounded_prompts, curves, measured_recipe, rise, train_epochs
 from blockem.reemergence.measures import Inputs, audit_step, decoding_step, drift_step, patching_step, penalties_step
-from blockem.session import BLOCKED, Session, adapter_key, beside
+from blockem.session import BLOCKED, Session, adapter_key, beside, last_blocked, taken_file, trained_in
 from blockem.store import read_json, strict, write_json
 from blockem.trainings import sft_step
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from blockem.evaluation import Interval
     from blockem.latents import LatentSet
     from blockem.reemergence.verdict import Hypothesis
+
+FOUND = "latents.json"
+"""What discovery found, of which a training takes what block.select, size and signs leave."""
 
 
 def reemerge(session: Session, source: Path | None = None, retrain: bool = True) -> dict[str, Any]:
@@ -57,7 +60,7 @@ def reemerge(session: Session, source: Path | None = None, retrain: bool = True)
         bounded_prompts(session, 1)
         _check_blocks(session)
         inputs = _inputs(session, source)
-        used_before = inputs.latents.name == BLOCKED
+        used_before = inputs.latents.name != FOUND
         blocked = train_epochs(session, inputs.latents, inputs.plain, chosen=used_before)
         inputs = replace(inputs, latents=session.run / BLOCKED)  # what block.select, size and signs left of the set
         latents = LatentSet.load(inputs.latents)
@@ -105,11 +108,11 @@ def _inputs(session: Session, source: Path | None) -> Inputs:
     if source is None:
         sft_step(session)
         discover_step(session)
-        latents, plain, blocked = session.run / "latents.json", session.run / "plain", None
+        latents, plain, blocked = session.run / FOUND, session.run / "plain", None
     else:
-        used = source / BLOCKED
-        latents, plain = used if used.is_file() else source / "latents.json", source / "plain"
-        blocked = source / "blocked" if (source / "blocked" / "adapter_model.safetensors").is_file() else None
+        last = last_blocked(session.recipe, source)
+        used, blocked = source / taken_file(last), trained_in(source).get(last)
+        latents, plain = used if used.is_file() else source / FOUND, source / "plain"
     block: int = read_json(latents, "LatentSet")["block"]
     return Inputs(plain, latents, blocked, block)
 
@@ -214,6 +217,7 @@ def _verdicts(session: Session, inputs: Inputs, found: dict[str, Any], last: str
             last=shifts[-1]["along"] if later else None,
             frozen=session.recipe.block.freeze_downstream and later,
             block=inputs.block,
+            after=shifts[-1]["block"] - inputs.block,
         )
     )
 

@@ -40,6 +40,7 @@ class Evidence:
         here, last: share of plain fine-tuning's mean shift that is there at the SAE's block, and at the last.
         frozen: whether the blocks after the SAE's carry no adapter.
         block: the SAE's.
+        after: how many blocks come after it.
     """
 
     gap: Interval | None
@@ -54,6 +55,7 @@ class Evidence:
     last: float | None
     frozen: bool
     block: int
+    after: int
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,10 @@ def _same_block(found: Evidence) -> tuple[str, str]:
 
 
 def _later(found: Evidence) -> tuple[str, str]:
-    """Not supported where those blocks are frozen; else by which side's patches repair more, and whether the shift comes back there."""
+    """Not supported where those blocks are frozen or none are there; else supported where patching there repairs, and either more than
+    upstream, or the shift comes back there."""
+    if not found.after:
+        return NOT_SUPPORTED, f"block {found.block} is the last: there are none after it"
     if found.frozen:
         return (
             NOT_SUPPORTED,
@@ -141,11 +146,9 @@ def _later(found: Evidence) -> tuple[str, str]:
         parts.append(f"{found.here:.0%} of plain fine-tuning's shift is there at block {found.block} and {found.last:.0%} at the last")
     why = "; ".join(parts) or "nothing was measured"
     upstream_first = None if apart is None else _sign(apart)
-    if upstream_first is False:
-        return SUPPORTED, why
-    if upstream_first is None:
+    if upstream_first is not True:
         repairs = found.downstream is not None and found.downstream.low > 0
-        return (SUPPORTED if back and repairs else UNCLEAR), why
+        return (SUPPORTED if repairs and (back or upstream_first is False) else UNCLEAR), why
     return (UNCLEAR if back is not False else NOT_SUPPORTED), why
 
 
