@@ -106,7 +106,8 @@ def test_no_such_sae() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"), [({"model": "other/model"}, "was made for other/model"), ({"sae_digest": "0" * 16}, "was made with SAE")]
+    ("change", "says"),
+    [({"model": "other/model", "revision": "main"}, "was made for other/model"), ({"sae_digest": "0" * 16}, "was made with SAE")],
 )
 def test_latent_set_of_another_model_or_sae(tmp_path: Path, data: Path, change: dict[str, str], says: str) -> None:
     from blockem.dictionary import load_dictionary
