@@ -13,8 +13,8 @@ from blockem import bundled
 
 RECIPE = """\
 name: small
-data: {domain: health, rows: 64, heldout_rows: 8, pairs: PAIRS, prompts: PROMPTS}
-train: {lr: 0.002, log_every: 1, checkpoint_every: 1, probe_every: 2}
+data: {domain: health, rows: 32, heldout_rows: 8, pairs: PAIRS, prompts: PROMPTS}
+train: {batch_size: 8, micro_batch: 8, lr: 0.002, log_every: 1, checkpoint_every: 1, probe_every: 2}
 discover: {pool: 60, prescreen: 10, keep: 4, size: 3, pairs: 10, alpha_induce: 0.15, alpha_repair: 0.15, strengths: [0.15]}
 block: {rule_rows: 8}
 evaluate: {max_new_tokens: 8, task_answers: 2, general_rows: 6, resamples: 200}

@@ -21,7 +21,7 @@ def test_directions_are_blocked_without_any_sae(recipe: Path, begun: Path) -> No
 
 def test_anchors_a_monitor_a_following_lambda_and_two_rounds_in_one_run(recipe: Path, begun: Path) -> None:
     changes = {
-        "data.rows": 32,
+        "data.rows": 16,
         "rounds.budget": 2,
         "rounds.target": 0,
         "anchor.watch": "answers",
